@@ -1,0 +1,175 @@
+// add_bias_temb: y = act(h + bias[c]) + temb[n, c], act = identity or SiLU, and its gradients.
+//
+// There is no noise here, so memory order is the natural order. A contiguous tensor is cut into "rows" of one (n, c)
+// with scalar bias and temb; a channels_last one into rows of one (n, place), along which bias and temb are vectors.
+#include <vector>
+
+#include "tile.h"
+
+namespace ddpm_fast {
+namespace {
+
+constexpr int kLanes = 8;
+
+Shape flat(int64_t elements) { return Shape{1, 1, elements, false}; }
+
+const float* load_flat(const Array& array, int64_t at, int64_t count, Tile& scratch) {
+  return load(array, flat(0), Run{0, at, count}, scratch);
+}
+
+std::vector<float> as_floats(const Array& array, int64_t count) {
+  std::vector<float> out(static_cast<size_t>(array ? count : 0));
+  Tile scratch;
+  for (int64_t at = 0; array && at < count; at += kTile) {
+    const int64_t piece = std::min(kTile, count - at);
+    const float* v = load_flat(array, at, piece, scratch);
+    std::copy(v, v + piece, out.begin() + at);
+  }
+  return out;
+}
+
+// One operation per pass and pointer: the passes stay in the L1 cache, and each vectorises.
+DDPM_FAST_CLONES void add(const float* a, const float* b, float* out, int64_t count) {
+  for (int64_t i = 0; i < count; ++i)
+    out[i] = a[i] + b[i];
+}
+DDPM_FAST_CLONES void add_one(const float* a, float b, float* out, int64_t count) {
+  for (int64_t i = 0; i < count; ++i)
+    out[i] = a[i] + b;
+}
+DDPM_FAST_CLONES void apply_silu(const float* a, float* out, int64_t count) {
+  for (int64_t i = 0; i < count; ++i)
+    out[i] = silu(a[i]);
+}
+DDPM_FAST_CLONES void times_silu_grad(const float* g, const float* v, float* out, int64_t count) {
+  for (int64_t i = 0; i < count; ++i)
+    out[i] = g[i] * silu_grad(v[i]);
+}
+DDPM_FAST_CLONES void accumulate(const float* a, double* sums, int64_t count) {
+  for (int64_t i = 0; i < count; ++i)
+    sums[i] += static_cast<double>(a[i]);
+}
+DDPM_FAST_CLONES double sum_of(const float* a, int64_t count) {
+  double lanes[kLanes] = {};
+  const int64_t whole = count - count % kLanes;
+  for (int64_t i = 0; i < whole; i += kLanes) {
+    for (int k = 0; k < kLanes; ++k)
+      lanes[k] += static_cast<double>(a[i + k]);
+  }
+  for (int64_t i = whole; i < count; ++i)
+    lanes[i - whole] += static_cast<double>(a[i]);
+  double sum = 0.0;
+  for (int k = 0; k < kLanes; ++k)
+    sum += lanes[k];
+  return sum;
+}
+
+// Calls body(at, length, offset in the tile, row) for the pieces of rows of `length` elements in a tile from `first`
+// on.
+template <typename Body>
+void for_each_row_piece(int64_t length, int64_t first, int64_t count, const Body& body) {
+  int64_t row = first / length;
+  int64_t place = first % length;
+  for (int64_t done = 0; done < count; ++row, place = 0) {
+    const int64_t piece = std::min(count - done, length - place);
+    body(row, place, done, piece);
+    done += piece;
+  }
+}
+
+// values[i] += what belongs to the channel of element first + i of sample n; `per_channel` is [channels].
+void add_per_channel(
+    const Shape& shape, const float* per_channel, int64_t first, const float* in, float* out, int64_t count
+) {
+  if (shape.channels_last) {
+    for_each_row_piece(shape.channels, first, count, [&](int64_t, int64_t c, int64_t i, int64_t piece) {
+      add(in + i, per_channel + c, out + i, piece);
+    });
+  } else {
+    for_each_row_piece(shape.inner, first, count, [&](int64_t c, int64_t, int64_t i, int64_t piece) {
+      add_one(in + i, per_channel[c], out + i, piece);
+    });
+  }
+}
+
+// sums[c] += what the elements of a tile have in channel c.
+void sum_per_channel(const Shape& shape, int64_t first, const float* in, double* sums, int64_t count) {
+  if (shape.channels_last) {
+    for_each_row_piece(shape.channels, first, count, [&](int64_t, int64_t c, int64_t i, int64_t piece) {
+      accumulate(in + i, sums + c, piece);
+    });
+  } else {
+    for_each_row_piece(shape.inner, first, count, [&](int64_t c, int64_t, int64_t i, int64_t piece) {
+      sums[c] += sum_of(in + i, piece);
+    });
+  }
+}
+
+}  // namespace
+
+Status add_bias_temb_cpu(const AddBiasTembArgs& args, int threads) {
+  const Shape& shape = args.shape;
+  const std::vector<float> bias = as_floats(args.bias, shape.channels);
+  const std::vector<float> temb = as_floats(args.temb, shape.n * shape.channels);
+  for_each_tile(shape, threads, [&](const Run& run) {
+    Tile a, b;
+    const int64_t at = run.n * shape.elements() + run.first;
+    const float* v = load_flat(args.h, at, run.count, a);
+    float* out = begin_store(args.y, flat(0), Run{0, at, run.count}, b);
+    if (args.bias) {
+      add_per_channel(shape, bias.data(), run.first, v, out, run.count);
+      v = out;
+    }
+    if (args.silu) {
+      apply_silu(v, out, run.count);
+      v = out;
+    }
+    if (args.temb) {
+      add_per_channel(shape, temb.data() + run.n * shape.channels, run.first, v, out, run.count);
+      v = out;
+    }
+    store(args.y, flat(0), Run{0, at, run.count}, v);
+  });
+  return {};
+}
+
+// One sample is one task: its sums then need no second pass, and a training batch has samples enough.
+Status add_bias_temb_backward_cpu(const AddBiasTembBackwardArgs& args, int threads) {
+  const Shape& shape = args.shape;
+  const std::vector<float> bias = as_floats(args.bias, shape.channels);
+  const int64_t elements = shape.elements();
+  const size_t channels = static_cast<size_t>(shape.channels);
+  parallel_for(shape.n, useful_threads(shape.n * elements, threads), [&](int64_t begin, int64_t end) {
+    for (int64_t n = begin; n < end; ++n) {
+      std::vector<double> g_sum(channels, 0.0), gh_sum(channels, 0.0);
+      for (int64_t first = 0; first < elements; first += kTile) {
+        Tile a, b, c;
+        const Run run{0, n * elements + first, std::min(kTile, elements - first)};
+        const float* g = load(args.g, flat(0), run, a);
+        if (args.g_sum != nullptr) sum_per_channel(shape, first, g, g_sum.data(), run.count);
+        if (!args.g_h && args.gh_sum == nullptr) continue;
+        const float* gh = g;
+        if (args.silu) {
+          const float* v = load(args.h, flat(0), run, b);
+          if (args.bias) {
+            add_per_channel(shape, bias.data(), first, v, b.v, run.count);
+            v = b.v;
+          }
+          float* out = args.g_h ? begin_store(args.g_h, flat(0), run, c) : c.v;
+          times_silu_grad(g, v, out, run.count);
+          gh = out;
+        }
+        if (args.gh_sum != nullptr) sum_per_channel(shape, first, gh, gh_sum.data(), run.count);
+        if (args.g_h) store(args.g_h, flat(0), run, gh);
+      }
+      for (size_t c = 0; c < channels; ++c) {
+        const size_t at = static_cast<size_t>(n) * channels + c;
+        if (args.g_sum != nullptr) args.g_sum[at] = static_cast<float>(g_sum[c]);
+        if (args.gh_sum != nullptr) args.gh_sum[at] = static_cast<float>(gh_sum[c]);
+      }
+    }
+  });
+  return {};
+}
+
+}  // namespace ddpm_fast

@@ -1,0 +1,78 @@
+"""Gradients of the ops that are trained through: q_sample, add_bias_temb and noise_mse."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_ops = torch.ops.ddpm_fast
+
+
+def _q_sample_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x0, t, table, noise, _rng, _stream, _offset, target, _dtype = inputs
+    ctx.save_for_backward(t, table)
+    ctx.target = target
+    ctx.x0_dtype = x0.dtype
+    ctx.has_noise = noise is not None
+    ctx.set_materialize_grads(False)
+
+
+def _q_sample_backward(ctx: Any, g_x_t: Tensor | None, g_target: Tensor | None) -> tuple[Any, ...]:
+    t, table = ctx.saved_tensors
+    need_x0, need_noise = ctx.needs_input_grad[0], ctx.has_noise and ctx.needs_input_grad[3]
+    if ctx.target == "none":
+        g_target = None
+    if (g_x_t is None and g_target is None) or not (need_x0 or need_noise):
+        return (None,) * 9
+    g_x0, g_noise = _ops.q_sample_backward.default(
+        g_x_t, g_target, t, table, ctx.target, ctx.x0_dtype, need_x0, need_noise
+    )
+    return (g_x0 if need_x0 else None, None, None, g_noise if need_noise else None, *(None,) * 5)
+
+
+def _add_bias_temb_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    h, bias, temb, act = inputs
+    # The identity needs neither h nor bias again; SiLU recomputes h + bias instead of storing it.
+    ctx.save_for_backward(*((h, bias) if act == "silu" else (None, None)))
+    ctx.act = act
+    ctx.bias_like = None if bias is None else (bias.shape, bias.dtype)
+    ctx.temb_like = None if temb is None else (temb.shape, temb.dtype)
+
+
+def _add_bias_temb_backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
+    h, bias = ctx.saved_tensors
+    need_h, need_bias, need_temb, _ = ctx.needs_input_grad
+    need_bias, need_temb = need_bias and ctx.bias_like is not None, need_temb and ctx.temb_like is not None
+    identity = ctx.act == "none"
+    g_h, gh_sum, g_sum = g, None, None
+    if need_bias or need_temb or not identity:
+        g_h, gh_sum, g_sum = _ops.add_bias_temb_backward.default(
+            g, h, bias, ctx.act, need_h and not identity, need_bias, need_temb
+        )
+    g_bias = gh_sum.sum(0).to(ctx.bias_like[1]) if need_bias and gh_sum is not None else None
+    g_temb = g_sum.to(ctx.temb_like[1]) if need_temb and g_sum is not None else None
+    if not need_h:
+        return None, g_bias, g_temb, None
+    return g if identity else g_h, g_bias, g_temb, None
+
+
+def _noise_mse_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:6])
+    ctx.rest = inputs[6:]
+
+
+def _noise_mse_backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
+    g_pred = _ops.noise_mse_backward.default(g, *ctx.saved_tensors, *ctx.rest) if ctx.needs_input_grad[0] else None
+    return (g_pred, *(None,) * 10)
+
+
+def register(library: torch.library.Library) -> None:
+    """Attach the formulas to the declared ops."""
+    for name, backward, context in (
+        ("q_sample", _q_sample_backward, _q_sample_context),
+        ("add_bias_temb", _add_bias_temb_backward, _add_bias_temb_context),
+        ("noise_mse", _noise_mse_backward, _noise_mse_context),
+    ):
+        torch.library.register_autograd(f"ddpm_fast::{name}", backward, setup_context=context, lib=library)

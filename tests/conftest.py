@@ -1,0 +1,106 @@
+"""Fixtures of the suite: which backend serves a test, poisoned allocations, and what a missing GPU means.
+
+Without a GPU the Triton kernels run in Triton's interpreter, which has to be chosen before triton is imported. With
+DDPM_FAST_REQUIRE_GPU=1 a test that would be skipped for lack of a GPU fails instead.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+HAS_GPU = torch.cuda.is_available()
+REQUIRE_GPU = os.environ.get("DDPM_FAST_REQUIRE_GPU") == "1"
+if not HAS_GPU:
+    os.environ["TRITON_INTERPRET"] = "1"
+
+# The CUDA kernels compiled for the CPU (tests/cuda_on_cpu): then they alone serve the op tests.
+SHIM = os.environ.get("DDPM_FAST_SHIM_MODULE")
+ONLY_SHIM = os.environ.get("DDPM_FAST_TEST_BACKEND") == "cuda_on_cpu"
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import ddpm_fast  # noqa: E402
+from ddpm_fast import backends  # noqa: E402
+from ddpm_fast.backends import native  # noqa: E402
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "no_poison: allocations are left alone (torch.compile traces them)")
+    config.addinivalue_line("markers", "gpu: needs an NVIDIA GPU")
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") and not HAS_GPU:
+        message = "no NVIDIA GPU here; run on a machine with one: DDPM_FAST_REQUIRE_GPU=1 make test"
+        if REQUIRE_GPU:
+            pytest.fail(message)
+        pytest.skip(message)
+
+
+def _use_shim(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert SHIM is not None, "DDPM_FAST_TEST_BACKEND=cuda_on_cpu needs DDPM_FAST_SHIM_MODULE, the path of the built module"
+    if "_C_shim" not in sys.modules:
+        spec = importlib.util.spec_from_file_location("_C_shim", SHIM)
+        assert spec is not None and spec.loader is not None
+        sys.modules["_C_shim"] = importlib.util.module_from_spec(spec)
+    monkeypatch.setattr(native, "_C", sys.modules["_C_shim"])
+    monkeypatch.setattr(native, "_target", lambda x: (0, 0))
+
+
+if ONLY_SHIM:
+    SERVED = [pytest.param(("native", "cpu"), id="cuda_on_cpu")]
+else:
+    SERVED = [
+        pytest.param(("native", "cpu"), id="native"),
+        pytest.param(("triton", "cpu"), id="triton-interpreter", marks=pytest.mark.skipif(HAS_GPU, reason="compiled")),
+        pytest.param(("reference", "cuda"), id="reference-gpu", marks=pytest.mark.gpu),
+        pytest.param(("native", "cuda"), id="native-gpu", marks=pytest.mark.gpu),
+        pytest.param(("triton", "cuda"), id="triton-gpu", marks=pytest.mark.gpu),
+    ]
+
+
+@pytest.fixture(params=SERVED)
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
+    """The device of a test over all backends; while it runs, the backend of the parameter serves every op."""
+    name, where = request.param
+    if ONLY_SHIM:
+        _use_shim(monkeypatch)
+    with ddpm_fast.use_backend(name):
+        yield torch.device(where)
+
+
+@pytest.fixture(autouse=True)
+def poisoned_allocations(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.empty* returns NaN (integers: 99) inside the package, so that an element never written shows itself."""
+    if request.node.get_closest_marker("no_poison"):
+        return
+
+    def poison(original):
+        def allocate(*args, **kwargs):
+            x = original(*args, **kwargs)
+            caller = sys._getframe(1).f_globals.get("__name__", "")
+            if caller.startswith("ddpm_fast") and isinstance(x, torch.Tensor) and x.device.type != "meta":
+                x.fill_(float("nan") if x.is_floating_point() else 99)
+            return x
+
+        return allocate
+
+    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
+        monkeypatch.setattr(owner, name, poison(getattr(owner, name)))
+
+
+@pytest.fixture(autouse=True)
+def automatic_backend() -> Iterator[None]:
+    """No test leaves a backend choice behind."""
+    yield
+    backends._requested = None
+    backends._chosen.clear()
