@@ -14,17 +14,16 @@ DDPM_FAST_HD float clip(float x, float lo, float hi) { return x < lo ? lo : (x >
 // ---- exp and SiLU
 // -------------------------------------------------------------------------------------------------------
 
-// exp(x) = p 2^n with p in about [0.7, 1.42], for x clipped to [-126, 126]. Cephes' polynomial; rounding x / ln 2 by
-// adding 1.5 * 2^23 needs no float-to-int conversion and so is defined for NaN too.
+// exp(x) = p 2^n with p in about [0.7, 1.42], for |x| <= 126. Cephes' polynomial; rounding x / ln 2 by adding 1.5 *
+// 2^23 needs no float-to-int conversion and so is defined for NaN too.
 struct ExpParts {
   float p;
   int32_t n;
 };
 DDPM_FAST_HD ExpParts exp_parts(float x) {
-  const float w = clip(x, -126.0f, 126.0f);
-  const float shifted = w * 1.44269504088896341f + 12582912.0f;
+  const float shifted = x * 1.44269504088896341f + 12582912.0f;
   const float nf = shifted - 12582912.0f;
-  const float r = (w - nf * 0.693359375f) - nf * -2.12194440e-4f;
+  const float r = (x - nf * 0.693359375f) - nf * -2.12194440e-4f;
   float p = 1.9875691500e-4f;
   p = p * r + 1.3981999507e-3f;
   p = p * r + 8.3334519073e-3f;
@@ -45,7 +44,7 @@ DDPM_FAST_HD float scale_pow2(float x, int32_t n) {
 }
 
 DDPM_FAST_HD float exp_f32(float x) {
-  const ExpParts e = exp_parts(x);
+  const ExpParts e = exp_parts(clip(x, -126.0f, 126.0f));
   return scale_pow2(e.p, e.n);
 }
 
@@ -53,11 +52,13 @@ DDPM_FAST_HD float exp_f32(float x) {
 // last, so nothing overflows and the result is within 3 ulp down to the smallest subnormal. SiLU(-inf) = -0.
 DDPM_FAST_HD float silu(float v) {
   const float w = v < -126.0f ? -126.0f : v;
+  const float x = -fabsf(w);
+  const ExpParts e = exp_parts(x < -126.0f ? -126.0f : x);
+  const int32_t half = e.n >> 1;
+  const float low = pow2(half), high = pow2(e.n - half);  // 2^n = low * high, as in scale_pow2
   const bool negative = w < 0.0f;
-  const ExpParts e = exp_parts(negative ? w : -w);
-  const float denominator = 1.0f + scale_pow2(e.p, e.n);
-  const float ratio = (negative ? w * e.p : w) / denominator;
-  return scale_pow2(ratio, negative ? e.n : 0);
+  const float ratio = (negative ? w * e.p : w) / (1.0f + e.p * low * high);
+  return ratio * (negative ? low : 1.0f) * (negative ? high : 1.0f);
 }
 
 // SiLU'(v) = s (1 + v (1 - s)) with s = 1 / (1 + exp(-v)).

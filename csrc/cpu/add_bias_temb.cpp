@@ -11,6 +11,9 @@ namespace {
 
 constexpr int kLanes = 8;
 
+// A missing bias or temb is -0: the one number whose addition changes no float, zeros of either sign included.
+constexpr float kNothing = -0.0f;
+
 Shape flat(int64_t elements) { return Shape{1, 1, elements, false}; }
 
 const float* load_flat(const Array& array, int64_t at, int64_t count, Tile& scratch) {
@@ -18,7 +21,7 @@ const float* load_flat(const Array& array, int64_t at, int64_t count, Tile& scra
 }
 
 std::vector<float> as_floats(const Array& array, int64_t count) {
-  std::vector<float> out(static_cast<size_t>(array ? count : 0));
+  std::vector<float> out(static_cast<size_t>(count), kNothing);
   Tile scratch;
   for (int64_t at = 0; array && at < count; at += kTile) {
     const int64_t piece = std::min(kTile, count - at);
@@ -28,22 +31,26 @@ std::vector<float> as_floats(const Array& array, int64_t count) {
   return out;
 }
 
-// One operation per pass and pointer: the passes stay in the L1 cache, and each vectorises.
-DDPM_FAST_CLONES void add(const float* a, const float* b, float* out, int64_t count) {
+// Rows with one bias and one temb (contiguous), and rows along which they are vectors (channels_last).
+DDPM_FAST_CLONES void add_row(const float* h, float bias, float temb, float* y, int64_t count) {
   for (int64_t i = 0; i < count; ++i)
-    out[i] = a[i] + b[i];
+    y[i] = (h[i] + bias) + temb;
 }
-DDPM_FAST_CLONES void add_one(const float* a, float b, float* out, int64_t count) {
+DDPM_FAST_CLONES void add_row(const float* h, const float* bias, const float* temb, float* y, int64_t count) {
   for (int64_t i = 0; i < count; ++i)
-    out[i] = a[i] + b;
+    y[i] = (h[i] + bias[i]) + temb[i];
 }
-DDPM_FAST_CLONES void apply_silu(const float* a, float* out, int64_t count) {
+DDPM_FAST_CLONES void silu_row(const float* h, float bias, float temb, float* y, int64_t count) {
   for (int64_t i = 0; i < count; ++i)
-    out[i] = silu(a[i]);
+    y[i] = silu(h[i] + bias) + temb;
 }
-DDPM_FAST_CLONES void times_silu_grad(const float* g, const float* v, float* out, int64_t count) {
+DDPM_FAST_CLONES void silu_row(const float* h, const float* bias, const float* temb, float* y, int64_t count) {
   for (int64_t i = 0; i < count; ++i)
-    out[i] = g[i] * silu_grad(v[i]);
+    y[i] = silu(h[i] + bias[i]) + temb[i];
+}
+DDPM_FAST_CLONES void silu_grad_row(const float* g, const float* h, const float* bias, float* gh, int64_t count) {
+  for (int64_t i = 0; i < count; ++i)
+    gh[i] = g[i] * silu_grad(h[i] + bias[i]);
 }
 DDPM_FAST_CLONES void accumulate(const float* a, double* sums, int64_t count) {
   for (int64_t i = 0; i < count; ++i)
@@ -77,19 +84,21 @@ void for_each_row_piece(int64_t length, int64_t first, int64_t count, const Body
   }
 }
 
-// values[i] += what belongs to the channel of element first + i of sample n; `per_channel` is [channels].
-void add_per_channel(
-    const Shape& shape, const float* per_channel, int64_t first, const float* in, float* out, int64_t count
-) {
-  if (shape.channels_last) {
-    for_each_row_piece(shape.channels, first, count, [&](int64_t, int64_t c, int64_t i, int64_t piece) {
-      add(in + i, per_channel + c, out + i, piece);
-    });
-  } else {
-    for_each_row_piece(shape.inner, first, count, [&](int64_t c, int64_t, int64_t i, int64_t piece) {
-      add_one(in + i, per_channel[c], out + i, piece);
-    });
-  }
+// Rows shorter than this are gathered into a tile, because a call for a few elements costs more than they do.
+constexpr int64_t kShortRow = 128;
+
+int64_t row_length(const Shape& shape) { return shape.channels_last ? shape.channels : shape.inner; }
+
+// values[c] of the channel of each element of a run.
+const float* per_element(const Shape& shape, const float* values, const Run& run, Tile& scratch) {
+  for_each_row_piece(row_length(shape), run.first, run.count, [&](int64_t row, int64_t at, int64_t i, int64_t count) {
+    if (shape.channels_last) {
+      std::copy_n(values + at, count, scratch.v + i);
+    } else {
+      std::fill_n(scratch.v + i, count, values[row]);
+    }
+  });
+  return scratch.v;
 }
 
 // sums[c] += what the elements of a tile have in channel c.
@@ -113,22 +122,29 @@ Status add_bias_temb_cpu(const AddBiasTembArgs& args, int threads) {
   const std::vector<float> temb = as_floats(args.temb, shape.n * shape.channels);
   for_each_tile(shape, threads, [&](const Run& run) {
     Tile a, b;
-    const int64_t at = run.n * shape.elements() + run.first;
-    const float* v = load_flat(args.h, at, run.count, a);
-    float* out = begin_store(args.y, flat(0), Run{0, at, run.count}, b);
-    if (args.bias) {
-      add_per_channel(shape, bias.data(), run.first, v, out, run.count);
-      v = out;
+    const Run place{0, run.n * shape.elements() + run.first, run.count};
+    const float* h = load(args.h, flat(0), place, a);
+    const float* t = temb.data() + run.n * shape.channels;
+    float* y = begin_store(args.y, flat(0), place, b);
+    if (row_length(shape) < kShortRow) {
+      Tile c, d;
+      const float* bias_of = per_element(shape, bias.data(), run, c);
+      const float* temb_of = per_element(shape, t, run, d);
+      args.silu ? silu_row(h, bias_of, temb_of, y, run.count) : add_row(h, bias_of, temb_of, y, run.count);
+    } else {
+      for_each_row_piece(
+          row_length(shape), run.first, run.count, [&](int64_t row, int64_t at, int64_t i, int64_t count) {
+            if (shape.channels_last) {
+              const float* b_c = bias.data() + at;
+              args.silu ? silu_row(h + i, b_c, t + at, y + i, count) : add_row(h + i, b_c, t + at, y + i, count);
+            } else {
+              const float b_c = bias[static_cast<size_t>(row)];
+              args.silu ? silu_row(h + i, b_c, t[row], y + i, count) : add_row(h + i, b_c, t[row], y + i, count);
+            }
+          }
+      );
     }
-    if (args.silu) {
-      apply_silu(v, out, run.count);
-      v = out;
-    }
-    if (args.temb) {
-      add_per_channel(shape, temb.data() + run.n * shape.channels, run.first, v, out, run.count);
-      v = out;
-    }
-    store(args.y, flat(0), Run{0, at, run.count}, v);
+    store(args.y, flat(0), place, y);
   });
   return {};
 }
@@ -150,13 +166,10 @@ Status add_bias_temb_backward_cpu(const AddBiasTembBackwardArgs& args, int threa
         if (!args.g_h && args.gh_sum == nullptr) continue;
         const float* gh = g;
         if (args.silu) {
-          const float* v = load(args.h, flat(0), run, b);
-          if (args.bias) {
-            add_per_channel(shape, bias.data(), first, v, b.v, run.count);
-            v = b.v;
-          }
+          const float* h = load(args.h, flat(0), run, b);
           float* out = args.g_h ? begin_store(args.g_h, flat(0), run, c) : c.v;
-          times_silu_grad(g, v, out, run.count);
+          Tile d;
+          silu_grad_row(g, h, per_element(shape, bias.data(), Run{n, first, run.count}, d), out, run.count);
           gh = out;
         }
         if (args.gh_sum != nullptr) sum_per_channel(shape, first, gh, gh_sum.data(), run.count);

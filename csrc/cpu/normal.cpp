@@ -20,12 +20,25 @@ Status normal_cpu(const FillArgs& args, int threads) {
 
 namespace {
 
-DDPM_FAST_CLONES void bits_run(uint64_t seed, uint64_t sample, uint32_t stream, const Run& run, int64_t* out) {
-  for (int64_t i = 0; i < run.count; i += 4) {
+DDPM_FAST_CLONES void whole_quads(
+    uint64_t seed, uint64_t sample, uint32_t stream, uint32_t first_quad, int64_t quads, int64_t* __restrict__ out
+) {
+  for (int64_t q = 0; q < quads; ++q) {
     uint32_t r[4];
-    bits_quad(seed, sample, stream, static_cast<uint32_t>((run.first + i) / 4), r);
-    for (int64_t k = 0; k < std::min<int64_t>(4, run.count - i); ++k)
-      out[i + k] = r[k];
+    bits_quad(seed, sample, stream, first_quad + static_cast<uint32_t>(q), r);
+    for (int k = 0; k < 4; ++k)
+      out[4 * q + k] = r[k];
+  }
+}
+
+void bits_run(uint64_t seed, uint64_t sample, uint32_t stream, const Run& run, int64_t* out) {
+  const uint32_t first_quad = static_cast<uint32_t>(run.first / 4);
+  const int64_t whole = run.count / 4;
+  whole_quads(seed, sample, stream, first_quad, whole, out);
+  if (run.count % 4 != 0) {
+    int64_t last[4];
+    whole_quads(seed, sample, stream, first_quad + static_cast<uint32_t>(whole), 1, last);
+    std::copy(last, last + run.count % 4, out + 4 * whole);
   }
 }
 
