@@ -1,8 +1,8 @@
 """The noise of the library: normal(seed, sample, stream, element), a pure function, here in NumPy.
 
-Philox4x32-10 (Salmon et al. 2011) under the 64-bit ``seed`` turns the counter (quad, sample, stream) into four uint32, and
-Box-Muller turns them into four normals. ``quad = element // 4`` counts inside one sample in contiguous (C, H, W) order;
-``sample`` is the global index of the image; ``stream`` says what the noise is for (the constants below). Nothing else
+Philox4x32-10 (Salmon et al. 2011) under the 64-bit ``seed`` turns the counter (quad, sample, stream) into four uint32,
+and Box-Muller turns them into four normals. ``quad = element // 4`` counts inside one sample in contiguous (C, H, W)
+order; ``sample`` is the global index of the image; ``stream`` says what the noise is for (the constants below). Nothing else
 enters: not the batch size, the memory format, the dtype, the device or how work is split.
 
 This file is the specification: every line is one correctly rounded float32 (or exact uint32) operation, without fused
@@ -72,7 +72,7 @@ def philox4x32_10(seed: int, c0: Words, c1: Words, c2: Words, c3: Words) -> tupl
 
 
 def log_unit(u: Floats) -> Floats:
-    """Natural logarithm for u in (0, 1]: u = m 2^e with m in [sqrt(1/2), sqrt(2)), a polynomial of degree 8 in m - 1."""
+    """Natural logarithm for u in (0, 1]: u = m 2^e, m in [sqrt(1/2), sqrt(2)), a polynomial of degree 8 in m - 1."""
     bits = u.view(np.int32)
     e = (bits - np.int32(0x3F3504F3)) >> np.int32(23)
     x = (bits - (e << np.int32(23))).view(F32) - F32(1)
@@ -84,7 +84,8 @@ def log_unit(u: Floats) -> Floats:
     y = x * z * p
     y = y + ef * F32(-2.12194440e-4)
     y = y - F32(0.5) * z
-    return (x + y) + ef * F32(0.693359375)
+    log: Floats = (x + y) + ef * F32(0.693359375)
+    return log
 
 
 def sincos_turn(r: Words) -> tuple[Floats, Floats]:
@@ -118,7 +119,8 @@ def _quads(seed: int, samples: NDArray[np.uint64], stream: int, elements: int) -
 
 
 def _samples(first_sample: int, n: int) -> NDArray[np.uint64]:
-    return np.uint64(first_sample % 2**64) + np.arange(n, dtype=np.uint64)
+    samples: NDArray[np.uint64] = np.uint64(first_sample % 2**64) + np.arange(n, dtype=np.uint64)
+    return samples
 
 
 def random_bits(seed: int, first_sample: int, n: int, stream: int, elements: int) -> Words:

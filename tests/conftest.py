@@ -47,10 +47,13 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 def _use_shim(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert SHIM is not None, "DDPM_FAST_TEST_BACKEND=cuda_on_cpu needs DDPM_FAST_SHIM_MODULE, the path of the built module"
+    assert SHIM is not None, (
+        "DDPM_FAST_TEST_BACKEND=cuda_on_cpu needs DDPM_FAST_SHIM_MODULE, the path of the built module"
+    )
     if "_C_shim" not in sys.modules:
         spec = importlib.util.spec_from_file_location("_C_shim", SHIM)
-        assert spec is not None and spec.loader is not None
+        assert spec is not None
+        assert spec.loader is not None
         sys.modules["_C_shim"] = importlib.util.module_from_spec(spec)
     monkeypatch.setattr(native, "_C", sys.modules["_C_shim"])
     monkeypatch.setattr(native, "_target", lambda x: (0, 0))

@@ -72,7 +72,7 @@ def test_silu_of_the_non_finite(device):
 
 
 def gradients(where, act, dtype=torch.float32, kind="contiguous", shape=IMAGE, bias=True, temb=True):
-    arguments = {name: value for name, value in to(where, inputs(shape, dtype, kind, bias, temb)).items()}
+    arguments = to(where, inputs(shape, dtype, kind, bias, temb))
     leaves = [value.requires_grad_() for value in arguments.values() if value is not None]
     y = ops.add_bias_temb(**arguments, act=act)
     g = to(where, rand(shape, dtype, seed=9, kind=kind if kind != "sliced" else "contiguous"))

@@ -34,7 +34,9 @@ def step(device, x, m, index, **options):
     """Runs on the device; returns every output by name."""
     x, options = to(device, x).clone(memory_format=torch.preserve_format), to(device, options)
     options.setdefault("rng", to(device, RNG) if "noise" not in options else None)
-    returned = ops.ddpm_step(x, to(device, m), to(device, TABLE), to(device, T_OF_ROW), to(device, row(index)), **options)
+    returned = ops.ddpm_step(
+        x, to(device, m), to(device, TABLE), to(device, T_OF_ROW), to(device, row(index)), **options
+    )
     assert returned is x
     return {"x": x, **{name: options[name] for name in ("x0_out", "copy_out", "bad_row") if name in options}}
 
@@ -70,7 +72,9 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("names", [(), *itertools.combinations(OPTIONS, 1), *itertools.combinations(OPTIONS, 2), tuple(OPTIONS)])
+@pytest.mark.parametrize(
+    "names", [(), *itertools.combinations(OPTIONS, 1), *itertools.combinations(OPTIONS, 2), tuple(OPTIONS)]
+)
 def test_every_option_alone_in_pairs_and_together(device, names):
     options = {name: OPTIONS[name]() for name in names}
     if "guidance" in options:
@@ -90,7 +94,9 @@ def test_on_awkward_inputs(device, shape):
 def test_writes_nothing_beside_its_outputs(device):
     for shape in ((2, 3, 5, 7), (1, 1, 3, 3), (2, 4, 4, 4)):
         for last in (False, True):
-            guarded = [Guarded(shape, d, device, last) for d in (torch.float32, torch.float32, torch.bfloat16, torch.uint8)]
+            guarded = [
+                Guarded(shape, d, device, last) for d in (torch.float32, torch.float32, torch.bfloat16, torch.uint8)
+            ]
             x, x0_out, copies = guarded[0].view, guarded[1].view, guarded[2:]
             for copy in copies:
                 x.copy_(rand(shape))
@@ -195,7 +201,17 @@ def test_model_output_that_requires_grad_is_used_without_its_history(device):
 @pytest.mark.parametrize("kind", ["contiguous", "channels_last", "sliced"])
 def test_opcheck(device, kind):
     x, m = to(device, rand(IMAGE, kind=kind)), to(device, rand(IMAGE, torch.bfloat16, seed=1, kind=kind))
-    tail = (None, None, None, None, None, None, torch.zeros_like(x), torch.zeros_like(m), to(device, OPTIONS["bad_row"]()))
+    tail = (
+        None,
+        None,
+        None,
+        None,
+        None,
+        None,
+        torch.zeros_like(x),
+        torch.zeros_like(m),
+        to(device, OPTIONS["bad_row"]()),
+    )
     arguments = (x, m, to(device, TABLE), to(device, T_OF_ROW), to(device, row(1)), to(device, RNG), *tail)
     torch.library.opcheck(torch.ops.ddpm_fast.ddpm_step.default, arguments)
 
@@ -218,7 +234,11 @@ GOOD = {"table": TABLE, "t_of_row": T_OF_ROW, "row": row(1), "rng": RNG}
         ({"x0_out": X}, ValueError, "x is written while x0_out is read"),
         ({"x0_out": M}, ValueError, "x0_out is written while m is read"),
         ({"copy_out": M}, ValueError, "copy_out is written while m is read"),
-        ({"table": TABLE[:, :5]}, ValueError, r"table must have shape \(steps, 8\) \(see Schedule.step_table\), got \(4, 5\)"),
+        (
+            {"table": TABLE[:, :5]},
+            ValueError,
+            r"table must have shape \(steps, 8\) \(see Schedule.step_table\), got \(4, 5\)",
+        ),
         ({"t_of_row": T_OF_ROW[:2]}, ValueError, r"t_of_row must have shape \(4,\), got \(2,\)"),
         ({"t_of_row": T_OF_ROW.long()}, TypeError, "t_of_row must be int32, got int64"),
         ({"row": torch.tensor(1)}, ValueError, r"row must have shape \(1,\), got \(\)"),

@@ -96,7 +96,9 @@ def gradient(where, dtype, kind, loss, chosen):
 
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("target", ["eps", "x0", "v"])
-@pytest.mark.parametrize(("dtype", "kind"), [(d, "contiguous") for d in DTYPES] + [(torch.float32, k) for k in MEMORY[1:]])
+@pytest.mark.parametrize(
+    ("dtype", "kind"), [(d, "contiguous") for d in DTYPES] + [(torch.float32, k) for k in MEMORY[1:]]
+)
 def test_gradients_match_reference(device, dtype, kind, target, loss):
     arguments = (dtype, kind, loss, options(target, drawn=True))
     assert_same(gradient(device, *arguments), reference(gradient, torch.device("cpu"), *arguments))
@@ -138,7 +140,11 @@ PRED, NOISE = rand(IMAGE), rand(IMAGE, seed=1)
     [
         ({"noise": None}, ValueError, "noise or rng is needed"),
         ({"noise": NOISE[:1]}, ValueError, r"noise must have shape \(2, 3, 6, 6\), got \(1, 3, 6, 6\)"),
-        ({"noise": NOISE.clone().requires_grad_()}, ValueError, r"noise is a constant of the loss.*pass noise.detach\(\)"),
+        (
+            {"noise": NOISE.clone().requires_grad_()},
+            ValueError,
+            r"noise is a constant of the loss.*pass noise.detach\(\)",
+        ),
         ({"target": "x"}, ValueError, "target must be one of 'eps', 'x0', 'v', got 'x'"),
         ({"target": "x0"}, ValueError, "target 'x0' needs x0"),
         ({"target": "v", "x0": PRED}, ValueError, "target 'v' needs x0, t and table"),

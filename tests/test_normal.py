@@ -46,7 +46,9 @@ def test_numpy_equals_published_philox_answers():
     """Random123's known answers for Philox4x32-10."""
 
     def words(seed, *counter):
-        return [f"{int(w[0]):08x}" for w in spec.philox4x32_10(seed, *(np.array([c], dtype=np.uint32) for c in counter))]
+        return [
+            f"{int(w[0]):08x}" for w in spec.philox4x32_10(seed, *(np.array([c], dtype=np.uint32) for c in counter))
+        ]
 
     assert words(0, 0, 0, 0, 0) == ["6627e8d5", "e169c58d", "bc57ac4c", "9b00dbd8"]
     ones = 0xFFFFFFFF

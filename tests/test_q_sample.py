@@ -89,9 +89,7 @@ def test_offset_noise_is_one_normal_per_channel(device):
 def test_int32_timesteps(device):
     x0, t = to(device, rand(IMAGE)), to(device, timesteps(2))
     table, noise = to(device, TABLE), to(device, rand(IMAGE, seed=1))
-    assert torch.equal(
-        ops.q_sample(x0, t, table, noise=noise), ops.q_sample(x0, t.to(torch.int32), table, noise=noise)
-    )
+    assert torch.equal(ops.q_sample(x0, t, table, noise=noise), ops.q_sample(x0, t.to(torch.int32), table, noise=noise))
 
 
 @pytest.mark.parametrize("outside", [-1, T, 2**40])

@@ -1,9 +1,9 @@
 """Which implementation serves an op: one registry, one resolver.
 
-``reference`` is the specification in eager PyTorch, ``native`` the compiled extension (C++ threads on CPU, CUDA on GPU),
-``triton`` the Triton kernels. Each is a module with one function per op, loaded when first asked for. Without a request
-the first backend of ``ORDER`` that can serve the tensor is taken; a request (``use_backend``, the environment variable
-DDPM_FAST_BACKEND) never falls back: it raises, saying why the backend cannot serve and which can.
+``reference`` is the specification in eager PyTorch, ``native`` the compiled extension (C++ threads on CPU, CUDA on
+GPU), ``triton`` the Triton kernels. Each is a module with one function per op, loaded when first asked for. Without
+a request the first backend of ``ORDER`` that can serve the tensor is taken; a request (``use_backend``, the environment
+variable DDPM_FAST_BACKEND) never falls back: it raises, saying why the backend cannot serve and which can.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """How the kernels see a tensor: n samples of channels x inner elements, dense, contiguous or channels_last.
 
-Kernels know these two formats only. Anything else (slices, other permutations) is copied into one of them here, in one place,
-and results are copied back, so that no kernel carries general strides.
+Kernels know these two formats only. Anything else (slices, other permutations) is copied into one of them here, in one
+place, and results are copied back, so that no kernel carries general strides.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The compiled extension: C++ threads for CPU tensors, CUDA kernels for GPU tensors, one binary for both.
 
-Each function brings its tensors into one layout, allocates the outputs and passes raw addresses to ``ddpm_fast._C``; the
-meaning of the arguments is in ``csrc/kernels.h``.
+Each function brings its tensors into one layout, allocates the outputs and passes raw addresses to ``ddpm_fast._C``;
+the meaning of the arguments is in ``csrc/kernels.h``.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ def unavailable_reason(device: torch.device) -> str | None:
     """Why the extension cannot serve ``device``; None when it can."""
     if _C is None:
         return (
-            f"the compiled extension ddpm_fast._C is missing ({_import_error}); install the package with pip instead of "
-            "importing the source folder (for development: pip install -e .)"
+            f"the compiled extension ddpm_fast._C is missing ({_import_error}); install the package with pip instead "
+            "of importing the source folder (for development: pip install -e .)"
         )
     if device.type == "cpu":
         return None

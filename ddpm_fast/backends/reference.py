@@ -1,7 +1,8 @@
 """The specification of every op, in eager PyTorch: one operation per rounding, left to right, nothing fused.
 
-Only binary + - x / and sqrt are used (no ``alpha=``, ``addcmul``, ``lerp``), because fused forms round differently; the
-other backends must give the same bits in float32. float64 inputs are computed in float64 (for gradcheck). Slow on purpose.
+Only binary + - x / and sqrt are used (no ``alpha=``, ``addcmul``, ``lerp``), because fused forms round differently;
+the other backends must give the same bits in float32. float64 inputs are computed in float64 (for gradcheck). Slow on
+purpose.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ def unavailable_reason(device: torch.device) -> str | None:
     return None
 
 
-# ---- helpers ------------------------------------------------------------------------------------------------------------
+# ---- helpers -------------------------------------------------------------------------------------------------------
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
@@ -61,7 +62,7 @@ def _drawn(rng: Tensor, stream: int, shape: torch.Size, device: torch.device) ->
 
 
 def _noise(x: Tensor, noise: Tensor | None, rng: Tensor | None, stream: int, offset_noise: float) -> Tensor:
-    """The eps of an op over images ``x``: given or drawn, with offset noise (one value per sample and channel) added."""
+    """The eps of an op over images ``x``: given or drawn, plus offset noise (one value per sample and channel)."""
     dtype = _compute_dtype(x)
     if noise is None:
         assert rng is not None
@@ -135,7 +136,7 @@ def silu_grad(v: Tensor) -> Tensor:
     return s * (1.0 + w * one_minus_s)
 
 
-# ---- ops ----------------------------------------------------------------------------------------------------------------
+# ---- ops -----------------------------------------------------------------------------------------------------------
 
 
 def normal(out: Tensor, rng: Tensor, stream: int) -> None:
@@ -228,8 +229,10 @@ def add_bias_temb_backward(
     like = h if h is not None else g
     nothing = g.new_empty(0)
     sums = [value.double().unsqueeze(-1).flatten(2).sum(2).to(compute) for value in (g_h, g_y)]
-    return _into(g_h, like, like.dtype) if need_h else nothing, sums[0] if need_bias else nothing, (
-        sums[1] if need_temb else nothing
+    return (
+        _into(g_h, like, like.dtype) if need_h else nothing,
+        sums[0] if need_bias else nothing,
+        (sums[1] if need_temb else nothing),
     )
 
 
@@ -306,7 +309,9 @@ def _target(
     eps = _noise(pred, noise, rng, stream, offset_noise)
     if target == "eps":
         return eps
-    assert x0 is not None and t is not None and table is not None
+    assert x0 is not None
+    assert t is not None
+    assert table is not None
     signal, sigma = _noising_rows(t, table, pred)
     return signal * eps - sigma * _image(x0, _compute_dtype(pred))
 

@@ -25,7 +25,7 @@ _INDICES = (torch.int64, torch.int32)
 _NOISY = ("eps", "v")
 
 
-# ---- noise --------------------------------------------------------------------------------------------------------------
+# ---- noise ---------------------------------------------------------------------------------------------------------
 
 
 def _filled_arguments(
@@ -79,7 +79,7 @@ def normal(
         n: samples, >= 0.
         shape: of one sample, for example (3, 32, 32).
         seed, first_sample: 64-bit key and global index of the first sample; or
-        rng: both as an int64[2] tensor on the device (see ``make_rng``), so that a captured graph can be given new ones.
+        rng: both as an int64[2] tensor on the device (see ``make_rng``), so that a captured graph can be given others.
         stream: what the noise is for, in [0, 2**32); 0 is x_T (constants in ``ddpm_fast.noise``).
         dtype: float32, bfloat16, float16 or float64 (then float32 values).
         out: a tensor (n, *shape) to fill, in any memory format.
@@ -134,7 +134,7 @@ def _noise_source(
     return noise, rng
 
 
-# ---- q_sample -----------------------------------------------------------------------------------------------------------
+# ---- q_sample ------------------------------------------------------------------------------------------------------
 
 
 @overload
@@ -192,7 +192,7 @@ def q_sample(
     return x_t if wanted == "none" else (x_t, y)
 
 
-# ---- add_bias_temb ------------------------------------------------------------------------------------------------------
+# ---- add_bias_temb -------------------------------------------------------------------------------------------------
 
 
 def add_bias_temb(
@@ -221,7 +221,7 @@ def add_bias_temb(
     return y
 
 
-# ---- ddpm_step ----------------------------------------------------------------------------------------------------------
+# ---- ddpm_step -----------------------------------------------------------------------------------------------------
 
 
 def ddpm_step(
@@ -247,7 +247,7 @@ def ddpm_step(
     With (a, b, c1, c2, c3, c4, s, clip) = table[row] and m' = m_uncond + guidance (m - m_uncond):
 
         x0 = clip(a x - b m', -clip, clip)         or, with threshold: clip(a x - b m', -th[n], th[n]) / th[n]
-        x  = c1 x0 + c2 x + c3 m' [+ c4 x0_prev] [+ s z]          z = normal(seed, first_sample + i, 1 + t_of_row[row], e)
+        x  = c1 x0 + c2 x + c3 m' [+ c4 x0_prev] [+ s z],  z = normal(seed, first_sample + i, 1 + t_of_row[row], e)
 
     Not differentiable: m is used without its history. Everything that changes from step to step is read on the device.
 
@@ -311,7 +311,7 @@ def ddpm_step(
     return x
 
 
-# ---- noise_mse ----------------------------------------------------------------------------------------------------------
+# ---- noise_mse -----------------------------------------------------------------------------------------------------
 
 
 def noise_mse(

@@ -1,11 +1,12 @@
 """Every op declared once: its schema (the table below), its fake for tracing, and the dispatch to a backend.
 
-``(a!)`` marks what an op writes. The public functions in ``ddpm_fast.ops`` check their arguments and call these; backends
-implement them under the same names and argument order and may rely on the checks.
+``(a!)`` marks what an op writes. The public functions in ``ddpm_fast.ops`` check their arguments and call these;
+backends implement them under the same names and argument order and may rely on the checks.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -124,7 +125,7 @@ def _fake_noise_mse_backward(g: Tensor, pred: Tensor, *rest: Any) -> Tensor:
     return torch.empty_like(pred)
 
 
-FAKES = {
+FAKES: dict[str, Callable[..., Any]] = {
     "normal": _fake_fill,
     "random_bits": _fake_fill,
     "q_sample": _fake_q_sample,
