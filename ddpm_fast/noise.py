@@ -2,8 +2,8 @@
 
 Philox4x32-10 (Salmon et al. 2011) under the 64-bit ``seed`` turns the counter (quad, sample, stream) into four uint32,
 and Box-Muller turns them into four normals. ``quad = element // 4`` counts inside one sample in contiguous (C, H, W)
-order; ``sample`` is the global index of the image; ``stream`` says what the noise is for (the constants below). Nothing else
-enters: not the batch size, the memory format, the dtype, the device or how work is split.
+order; ``sample`` is the global index of the image; ``stream`` says what the noise is for (the constants below). Nothing
+else enters: not the batch size, the memory format, the dtype, the device or how work is split.
 
 This file is the specification: every line is one correctly rounded float32 (or exact uint32) operation, without fused
 multiply-add, and C++, CUDA and Triton do the same operations in the same order, so all give the same bits.
