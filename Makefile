@@ -6,6 +6,9 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 DEMO_OUT ?= demo
 TEST_WORKERS ?= 2
 
+# Two workers share the cores with the threads of torch: those must sleep while they wait, not spin.
+test: export OMP_WAIT_POLICY ?= PASSIVE
+
 .PHONY: demo test bench lint format clean
 
 # An editable install of the package with everything that demo, tests and lint need. Versions: constraints.txt.

@@ -17,7 +17,7 @@ def _is_channels_last(x: Tensor) -> bool:
     return x.dim() >= 3 and x.movedim(1, -1).is_contiguous()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Layout:
     """Shape and memory format shared by the images of one op call."""
 

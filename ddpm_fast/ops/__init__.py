@@ -20,9 +20,14 @@ from ddpm_fast.ops import _schema as _schema  # declares the ops
 
 __all__ = ["add_bias_temb", "ddpm_step", "noise_mse", "normal", "q_sample", "random_bits"]
 
-_ops = torch.ops.ddpm_fast
-_INDICES = (torch.int64, torch.int32)
-_NOISY = ("eps", "v")
+# Bound once: looking an op up costs a tenth of a small call.
+_normal = torch.ops.ddpm_fast.normal.default
+_random_bits = torch.ops.ddpm_fast.random_bits.default
+_q_sample = torch.ops.ddpm_fast.q_sample.default
+_add_bias_temb = torch.ops.ddpm_fast.add_bias_temb.default
+_ddpm_step = torch.ops.ddpm_fast.ddpm_step.default
+_noise_mse = torch.ops.ddpm_fast.noise_mse.default
+_BYTES_TOO = (*check.FLOATS, torch.uint8)
 
 
 # ---- noise ---------------------------------------------------------------------------------------------------------
@@ -37,8 +42,7 @@ def _filled_arguments(
     size = (n, *shape)
     if any(not isinstance(length, int) or length < 0 for length in size):
         raise ValueError(f"shape must be integers >= 0, got {tuple(shape)}")
-    if not 0 <= stream < 2**32:
-        raise ValueError(f"stream must be in [0, 2**32), got {stream}")
+    check.stream(stream)
     if (seed is None) == (rng is None):
         raise ValueError("pass exactly one of seed and rng" + (", got both" if rng is not None else ", got neither"))
     if out is None:
@@ -47,15 +51,16 @@ def _filled_arguments(
     else:
         check.tensor("out", out, (dtype,))
         check.shape("out", out, size)
-        check.no_overlap("out", out, rng=rng)
+        check.no_overlap("out", out, {"rng": rng})
     if rng is None:
         assert seed is not None
         rng = make_rng(seed, first_sample, out.device)
     elif first_sample != 0:
         raise ValueError("first_sample belongs to seed; with rng it is rng[1]")
-    checked = check.rng_of("rng", rng, "out", out)
-    assert checked is not None
-    return out, checked
+    check.shape("rng", check.tensor("rng", rng, (torch.int64,)), (2,))
+    if rng.device != out.device:
+        raise ValueError(f"rng must be on {out.device} like the result, got {rng.device}")
+    return out, rng.contiguous()
 
 
 def normal(
@@ -92,7 +97,7 @@ def normal(
     if dtype not in check.FLOATS:
         raise TypeError(f"dtype must be {check.names(check.FLOATS)}, got {dtype}")
     out, rng = _filled_arguments(n, shape, seed, first_sample, rng, stream, dtype, device, out)
-    _ops.normal.default(out, rng, stream)
+    _normal(out, rng, stream)
     return out
 
 
@@ -112,19 +117,17 @@ def random_bits(
     An integer below T is ``(r * T) >> 32``; a coin of probability p is ``r < p * 2**32``.
     """
     out, rng = _filled_arguments(n, shape, seed, first_sample, rng, stream, torch.int64, device, out)
-    _ops.random_bits.default(out, rng, stream)
+    _random_bits(out, rng, stream)
     return out
 
 
 def _noise_source(
-    noise: Tensor | None, rng: Tensor | None, offset_noise: float, stream: int, first_name: str, first: Tensor
+    images: check.Images, noise: Tensor | None, rng: Tensor | None, stream: int, offset_noise: float
 ) -> tuple[Tensor | None, Tensor | None]:
     """noise and rng, checked: at least one of them, and rng where offset noise is drawn."""
-    wanted = torch.float64 if first.dtype == torch.float64 else torch.float32
-    noise = check.matching("noise", noise, first_name, first, (wanted,))
-    rng = check.rng_of("rng", rng, first_name, first)
-    if not 0 <= stream < 2**32:
-        raise ValueError(f"stream must be in [0, 2**32), got {stream}")
+    wanted = torch.float64 if images.tensor.dtype == torch.float64 else torch.float32
+    noise, rng = images.like("noise", noise, (wanted,)), images.rng(rng)
+    check.stream(stream)
     if not 0 <= offset_noise < float("inf"):
         raise ValueError(f"offset_noise must be a finite number >= 0, got {offset_noise}")
     if noise is None and rng is None:
@@ -178,17 +181,17 @@ def q_sample(
     Returns:
         x_t, or (x_t, target), in the shape and memory format of x0. Differentiable in x0 and noise.
     """
-    check.batched("x0", check.tensor("x0", x0, (*check.FLOATS, torch.uint8)))
-    table = check.coefficient_table("table", table, 2, "x0", x0, "Schedule.noising_table")
-    t = check.timesteps(t, table, "x0", x0)
-    noise, rng = _noise_source(noise, rng, offset_noise, stream, "x0", x0)
+    images = check.Images("x0", x0, _BYTES_TOO)
+    table = images.table(table, 2, "Schedule.noising_table")
+    t = images.timesteps(t, table)
+    noise, rng = _noise_source(images, noise, rng, stream, offset_noise)
     wanted = check.choice("target", target, (None, "eps", "x0", "v")) or "none"
     out_dtype = dtype or (torch.float32 if x0.dtype == torch.uint8 else x0.dtype)
     if out_dtype not in check.FLOATS:
         raise TypeError(f"dtype must be {check.names(check.FLOATS)}, got {out_dtype}")
     if (out_dtype == torch.float64) != (x0.dtype == torch.float64):
         raise TypeError(f"float64 is for float64 x0 only: x0 is {x0.dtype}, dtype is {out_dtype}")
-    x_t, y = _ops.q_sample.default(x0, t, table, noise, rng, stream, float(offset_noise), wanted, out_dtype)
+    x_t, y = _q_sample(x0, t, table, noise, rng, stream, float(offset_noise), wanted, out_dtype)
     return x_t if wanted == "none" else (x_t, y)
 
 
@@ -210,14 +213,14 @@ def add_bias_temb(
         Like h, in its dtype and memory format. Differentiable in h, bias and temb. bias and temb may have other float
         dtypes than h; the sum is float32 and rounded once.
     """
-    check.batched("h", check.tensor("h", h))
-    floats = check.FLOATS if h.dtype == torch.float64 else check.FLOATS[:3]
-    for name, value, expected in (("bias", bias, h.shape[1:2]), ("temb", temb, h.shape[:2])):
-        if value is not None:
-            check.shape(name, check.tensor(name, value, floats), expected)
-            check.same_device(name, value, "h", h)
+    images = check.Images("h", h)
+    floats = check.FLOATS if h.dtype == torch.float64 else check.STORED
+    if bias is not None:
+        images.with_device("bias", bias, images.shape[1:2], floats)
+    if temb is not None:
+        images.with_device("temb", temb, images.shape[:2], floats)
     check.choice("act", act, (None, "silu"))
-    y: Tensor = _ops.add_bias_temb.default(h, bias, temb, act or "none")
+    y: Tensor = _add_bias_temb(h, bias, temb, act or "none")
     return y
 
 
@@ -269,45 +272,53 @@ def ddpm_step(
     Returns:
         x.
     """
-    check.batched("x", check.tensor("x", x, (torch.float32, torch.float64)))
-    floats = check.FLOATS if x.dtype == torch.float64 else check.FLOATS[:3]
+    images = check.Images("x", x, (torch.float32, torch.float64))
+    floats = check.FLOATS if x.dtype == torch.float64 else check.STORED
+    state = (x.dtype,)
     if x.requires_grad:
         raise ValueError("x is overwritten and must not require grad; pass x.detach()")
-    images = {"m": m, "m_uncond": m_uncond, "logvar": logvar}
-    states = {"noise": noise, "x0_prev": x0_prev, "x0_out": x0_out}
-    if m is None:
-        raise TypeError("m must be a torch.Tensor, got None")
-    for name, value in images.items():
-        check.matching(name, value, "x", x, floats)
-    for name, value in states.items():
-        check.matching(name, value, "x", x, (x.dtype,))
-    check.matching("copy_out", copy_out, "x", x, (*floats, torch.uint8))
-    table = check.coefficient_table("table", table, 8, "x", x, "Schedule.step_table")
-    check.shape("t_of_row", check.tensor("t_of_row", t_of_row, (torch.int32,)), table.shape[:1])
-    check.same_device("t_of_row", t_of_row, "x", x)
-    row = check.tensor("row", row, _INDICES)
-    check.shape("row", row, (1,))
-    rng = check.rng_of("rng", rng, "x", x)
+    images.with_device("m", m, images.shape, floats)
+    table = images.table(table, 8, "Schedule.step_table")
+    t_of_row = images.with_device("t_of_row", t_of_row, table.shape[:1], (torch.int32,)).contiguous()
+    row = images.with_device("row", row, (1,), check.INDICES)
+    row = row if row.dtype == torch.int64 else row.to(torch.int64)
+    rng, noise = images.rng(rng), images.like("noise", noise, state)
+    m_uncond, logvar = images.like("m_uncond", m_uncond, floats), images.like("logvar", logvar, floats)
+    x0_prev, x0_out = images.like("x0_prev", x0_prev, state), images.like("x0_out", x0_out, state)
+    copy_out = images.like("copy_out", copy_out, (*floats, torch.uint8))
     if (m_uncond is None) != (guidance is None):
         raise ValueError("m_uncond and guidance belong together: pass both or neither")
-    vectors = {"guidance": (guidance, (1,)), "threshold": (threshold, x.shape[:1])}
-    for name, (value, expected) in vectors.items():
-        if value is not None:
-            check.shape(name, check.tensor(name, value, (torch.float32, x.dtype)), expected)
-            check.same_device(name, value, "x", x)
+    if guidance is not None:
+        images.with_device("guidance", guidance, (1,), (torch.float32, x.dtype))
+    if threshold is not None:
+        images.with_device("threshold", threshold, images.shape[:1], (torch.float32, x.dtype))
     if bad_row is not None:
-        check.shape("bad_row", check.tensor("bad_row", bad_row, (torch.int32,)), (1,))
-        check.same_device("bad_row", bad_row, "x", x)
-    check.same_device("row", row, "x", x)
-    reads = {**images, "noise": noise, "x0_prev": x0_prev, "table": table, "threshold": threshold}
-    check.no_overlap("x", x, **reads, x0_out=x0_out, copy_out=copy_out)
-    check.no_overlap("x0_out", x0_out, **reads, copy_out=copy_out)
-    check.no_overlap("copy_out", copy_out, **reads)
-    with torch.no_grad():
-        _ops.ddpm_step.default(
-            x, m, table, t_of_row.contiguous(), row.to(torch.int64), rng, noise, m_uncond, guidance, x0_prev, logvar,
-            threshold, x0_out, copy_out, bad_row,
-        )  # fmt: skip
+        images.with_device("bad_row", bad_row, (1,), (torch.int32,))
+    reads = {"m": m, "m_uncond": m_uncond, "logvar": logvar, "noise": noise, "x0_prev": x0_prev, "table": table}
+    check.no_overlap("x", x, {**reads, "x0_out": x0_out, "copy_out": copy_out})
+    check.no_overlap("x0_out", x0_out, {**reads, "copy_out": copy_out})
+    check.no_overlap("copy_out", copy_out, reads)
+    # Not differentiable: histories end here.
+    m = m.detach() if m.requires_grad else m
+    m_uncond = m_uncond.detach() if m_uncond is not None and m_uncond.requires_grad else m_uncond
+    logvar = logvar.detach() if logvar is not None and logvar.requires_grad else logvar
+    _ddpm_step(
+        x,
+        m,
+        table,
+        t_of_row,
+        row,
+        rng,
+        noise,
+        m_uncond,
+        guidance,
+        x0_prev,
+        logvar,
+        threshold,
+        x0_out,
+        copy_out,
+        bad_row,
+    )
     return x
 
 
@@ -345,36 +356,35 @@ def noise_mse(
     Returns:
         float32 scalar or (N,) (float64 for float64 pred).
     """
-    check.batched("pred", check.tensor("pred", pred))
+    images = check.Images("pred", pred)
     check.choice("target", target, ("eps", "x0", "v"))
     check.choice("loss", loss, ("mse", "l1", "huber"))
     check.choice("reduction", reduction, ("mean", "none"))
     if not 0 < huber_delta < float("inf"):
         raise ValueError(f"huber_delta must be a finite number > 0, got {huber_delta}")
+    # What a target does not need is neither checked nor read.
     if target == "eps":
-        x0 = t = table = None
+        x0 = None
     elif x0 is None or (target == "v" and (t is None or table is None)):
         raise ValueError(f"target {target!r} needs x0" + (", t and table" if target == "v" else ""))
-    check.matching("x0", x0, "pred", pred, (*check.FLOATS, torch.uint8))
+    x0 = images.like("x0", x0, _BYTES_TOO)
     if target == "v":
-        table = check.coefficient_table("table", table, 2, "pred", pred, "Schedule.noising_table")
-        t = check.timesteps(t, table, "pred", pred)
+        table = images.table(table, 2, "Schedule.noising_table")
+        t = images.timesteps(t, table)
     else:
         t = table = None
-    if target in _NOISY:
-        noise, rng = _noise_source(noise, rng, offset_noise, stream, "pred", pred)
+    if target == "x0":
+        noise, rng, offset_noise = None, None, 0.0
     else:
-        noise = rng = None
-        offset_noise = 0.0
+        noise, rng = _noise_source(images, noise, rng, stream, offset_noise)
     for name, value in (("x0", x0), ("noise", noise)):
         if value is not None and value.requires_grad:
             raise ValueError(f"{name} is a constant of the loss and must not require grad; pass {name}.detach()")
     if weight is not None:
-        check.shape("weight", check.tensor("weight", weight), pred.shape[:1])
-        check.same_device("weight", weight, "pred", pred)
+        images.with_device("weight", weight, images.shape[:1])
         if reduction == "none":
             raise ValueError("weight goes with reduction='mean'; multiply the result of 'none' yourself")
-    each: Tensor = _ops.noise_mse.default(
+    each: Tensor = _noise_mse(
         pred, x0, t, table, noise, rng, stream, float(offset_noise), target, loss, float(huber_delta)
     )
     if reduction == "none":
