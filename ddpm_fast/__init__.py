@@ -1,9 +1,16 @@
-"""ddpm_fast: fused kernels for denoising diffusion models - exact, fast, drop-in, installable anywhere."""
+"""ddpm_fast: fused kernels for denoising diffusion models - exact, fast, drop-in, installable anywhere.
+
+    sampler = ddpm_fast.Sampler(model, ddpm_fast.Schedule.linear(1000))
+    images = sampler.sample(16, (3, 32, 32), seed=0)
+"""
 
 from ddpm_fast import ops
 from ddpm_fast.backends import use_backend
+from ddpm_fast.nn import UNet
 from ddpm_fast.ops import normal
+from ddpm_fast.sampler import Sampler
+from ddpm_fast.schedule import Schedule
 
 __version__ = "0.1.0"
 
-__all__ = ["__version__", "normal", "ops", "use_backend"]
+__all__ = ["Sampler", "Schedule", "UNet", "__version__", "normal", "ops", "use_backend"]

@@ -1,0 +1,113 @@
+"""One sampling step captured in a CUDA graph and replayed: launches cost nothing, whatever the network is made of.
+
+A graph reads and writes fixed addresses: the static buffers of a `Loop` and the network's weights. New seeds, labels of
+the same shape, guidance scales and start states are written into the buffers and need no new capture. A new batch
+size, sample shape or dtype does, and so do weights that moved. A few recent graphs are kept, for each holds memory.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+
+import torch
+
+from ._loop import Layout, Loop, Plan
+from ._model import fingerprint
+
+WARMUP_STEPS = 3  # enough for lazy initialisation, and for cuDNN and cuBLAS to have chosen
+KEPT = 4
+
+Advance = Callable[[], None]
+
+
+def supported(device: torch.device) -> bool:
+    """Whether steps on this device can be captured."""
+    return device.type == "cuda"
+
+
+def capture(loop: Loop) -> Advance:
+    """Record `loop.step` and return what replays it. Runs a few steps first: load the loop again afterwards."""
+    device = loop.plan.device
+    with torch.cuda.device(device):
+        beside = torch.cuda.Stream(device)
+        beside.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(beside):
+            for _ in range(WARMUP_STEPS):
+                loop.row.zero_()  # a short step table must not be run past its end
+                loop.step()
+            loop.row.zero_()
+        torch.cuda.current_stream(device).wait_stream(beside)
+        graph = torch.cuda.CUDAGraph()
+        # Other threads, a data loader's for one, may go on talking to the device meanwhile.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            loop.step()
+    replay: Advance = graph.replay
+    return replay
+
+
+class Loops:
+    """Hands out loops and what advances them by a row, and keeps the KEPT most recently returned captured ones.
+
+    A loop belongs to one run from `take` to `give`, so two streams that are read in turn never share buffers.
+    wanted: None captures where the device can and falls back to eager with one warning; True raises where capture is
+    impossible; False never captures.
+    """
+
+    def __init__(self, wanted: bool | None) -> None:
+        self._wanted = wanted
+        self._kept: OrderedDict[Hashable, tuple[Loop, Advance]] = OrderedDict()
+        self._failed = False
+
+    def check(self, device: torch.device) -> None:
+        """ValueError where a graph is demanded of a device that has none."""
+        if self._wanted and not supported(device):
+            raise ValueError(f"cuda_graph=True needs a CUDA device, and the sampler runs on {device}")
+
+    def take(self, plan: Plan, layout: Layout) -> tuple[Loop, Advance]:
+        """A loop for this layout, not in use by anyone else, and its advance: a graph's replay or `loop.step`."""
+        if self._wanted is False or self._failed or not supported(plan.device):
+            return _eager(plan, layout)
+        key = self._key(plan, layout)
+        if key in self._kept:
+            return self._kept.pop(key)
+        loop, step = _eager(plan, layout)
+        try:
+            return loop, capture(loop)
+        except RuntimeError as error:  # ValueError and TypeError are the model's fault, which eager would not mend
+            if self._wanted:
+                raise RuntimeError(f"cuda_graph=True, but the sampling step could not be captured: {error}") from error
+            self._failed = True
+            warnings.warn(
+                f"the sampling step could not be captured in a CUDA graph and runs eagerly: {error} "
+                "(cuda_graph=False silences this)",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+            return loop, step
+
+    def give(self, loop: Loop, advance: Advance) -> None:
+        """Return what `take` gave. Eager loops are dropped; of captured ones the oldest makes room for the newest."""
+        if advance == loop.step:
+            return
+        self._kept[self._key(loop.plan, loop.layout)] = (loop, advance)
+        while len(self._kept) > KEPT:
+            self._kept.popitem(last=False)
+
+    def clear(self) -> None:
+        """Forget every graph that is not in use."""
+        self._kept.clear()
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    @staticmethod
+    def _key(plan: Plan, layout: Layout) -> Hashable:
+        return plan.device, plan.dtype, layout, fingerprint(plan.model)
+
+
+def _eager(plan: Plan, layout: Layout) -> tuple[Loop, Advance]:
+    with torch.inference_mode(False):  # ordinary tensors, so that copies of them may take part in autograd
+        loop = Loop(plan, layout)
+    return loop, loop.step

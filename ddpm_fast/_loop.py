@@ -1,0 +1,201 @@
+"""The state of one sampling run on its device, and the step that advances it without the host.
+
+`Loop.step` is network, `ddpm_step`, row += 1. It reads and writes only the tensors made in `__init__`, at addresses
+that never change, and takes nothing from the host; so it can run eagerly or be captured once in a CUDA graph and
+replayed. Between replays the host may write to these static buffers: x, row, rng, guidance, labels, noise.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import torch
+from torch import Tensor
+
+from . import ops
+from ._model import Model, prediction
+from ._steps import StepTable
+from .noise import STREAM_X_T, make_rng
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What stays the same for every run of one Sampler on one device.
+
+    steps: the step table, on the device. t_model: [steps], what the network is told as t, int64, or float32 if
+    rescaled. dtype: what the network is fed. thresholding: (ratio, max_value) of dynamic thresholding, or None.
+    """
+
+    model: Model
+    steps: StepTable
+    t_model: Tensor
+    dtype: torch.dtype
+    thresholding: tuple[float, float] | None
+
+    @property
+    def device(self) -> torch.device:
+        return self.t_model.device
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """What decides the shapes of a run's buffers, and therefore whether a captured step can serve it.
+
+    n samples of `shape`; label: (shape, dtype) of one label, None without labels; guided: two halves per pass;
+    noise, x0: whether noise is given and x0 is wanted. The network always sees `chunk` samples at a time, and sample i
+    of the batch takes place (offset + i) % chunk among them.
+    """
+
+    n: int
+    shape: tuple[int, ...]
+    label: tuple[tuple[int, ...], torch.dtype] | None = None
+    guided: bool = False
+    noise: bool = False
+    x0: bool = False
+    chunk: int = 0
+    offset: int = 0
+
+    def chunks(self) -> list[tuple[int, int, int]]:
+        """(first sample, one past the last, place of the first) of every pass through the network."""
+        result, first, place = [], 0, self.offset % self.chunk
+        while first < self.n:
+            last = min(first + self.chunk - place, self.n)
+            result.append((first, last, place))
+            first, place = last, 0
+        return result
+
+
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """What differs from run to run under one Layout, written into the static buffers by `Loop.load`.
+
+    x: the state before row `start`, None to draw x_T. null: one label meaning "none", when guided.
+    """
+
+    seed: int
+    first_sample: int = 0
+    start: int = 0
+    x: Tensor | None = None
+    labels: Tensor | None = None
+    null: Tensor | None = None
+    guidance: float = 1.0
+
+
+class Loop:
+    """Static buffers for one Layout under one Plan: `load` a run, then `step` once per row."""
+
+    def __init__(self, plan: Plan, layout: Layout) -> None:
+        self.plan, self.layout = plan, layout
+        device, n, shape = plan.device, layout.n, layout.shape
+        halves, chunk = 1 + layout.guided, layout.chunk
+        self.chunks = layout.chunks()
+
+        self.x = torch.zeros(n, *shape, dtype=torch.float32, device=device)
+        self.row = torch.zeros(1, dtype=torch.int64, device=device)
+        self.rng = torch.zeros(2, dtype=torch.int64, device=device)
+        self.bad_row = torch.full((1,), -1, dtype=torch.int32, device=device)
+        self.noise = torch.zeros_like(self.x) if layout.noise else None
+        self.x0 = torch.zeros_like(self.x) if layout.x0 else None
+        self.guidance = torch.ones(1, dtype=torch.float32, device=device) if layout.guided else None
+        self.t = torch.zeros(halves * chunk, dtype=plan.t_model.dtype, device=device)
+
+        several = len(self.chunks) > 1
+        self.m = torch.zeros(halves, n, *shape, dtype=torch.float32, device=device) if several else None
+
+        whole = not layout.guided and self.chunks == [(0, n, 0)] and chunk == n
+        self.feeds_x = whole and plan.dtype == torch.float32
+        # In half precision ddpm_step writes the network's next input itself; float64 it cannot write.
+        self.step_feeds = whole and plan.dtype in (torch.bfloat16, torch.float16)
+        self.fed = None if self.feeds_x else torch.zeros(halves, chunk, *shape, dtype=plan.dtype, device=device)
+        self.labels: list[Tensor] = []
+        if layout.label is not None:
+            row_shape, dtype = layout.label
+            size = (halves, chunk, *row_shape)
+            self.labels = [torch.zeros(size, dtype=dtype, device=device) for _ in self.chunks]
+
+    def load(self, run: Start) -> None:
+        """Write a run's values into the buffers; the next step is that of row `run.start`."""
+        self.row.fill_(run.start)
+        self.bad_row.fill_(-1)
+        self.rng.copy_(make_rng(run.seed, run.first_sample))
+        if self.guidance is not None:
+            self.guidance.fill_(run.guidance)
+        if run.x is None:
+            ops.normal(self.layout.n, self.layout.shape, rng=self.rng, stream=STREAM_X_T, out=self.x)
+        else:
+            self.x.copy_(run.x)
+        if self.step_feeds and self.fed is not None:
+            self.fed[0].copy_(self.x)
+        if run.labels is not None:
+            for buffer, (first, last, place) in zip(self.labels, self.chunks, strict=True):
+                buffer[0] = run.labels[first]  # padding needs some label that exists
+                buffer[0, place : place + last - first] = run.labels[first:last]
+                if run.null is not None:
+                    buffer[1] = run.null
+
+    def step(self) -> None:
+        """Advance every sample by the row that `self.row` names, and move `self.row` on."""
+        plan = self.plan
+        self.t.copy_(plan.t_model.index_select(0, self.row))  # one number for all samples
+        m, uncond = self._predict(0) if self.m is None else self._predict_in_chunks(self.m)
+        ops.ddpm_step(
+            self.x,
+            m,
+            plan.steps.table,
+            plan.steps.t_of_row,
+            self.row,
+            self.rng if self.noise is None else None,
+            noise=self.noise,
+            m_uncond=uncond,
+            guidance=self.guidance,
+            threshold=self._threshold(m, uncond),
+            x0_out=self.x0,
+            copy_out=self.fed[0] if self.step_feeds and self.fed is not None else None,
+            bad_row=self.bad_row,
+        )
+        self.row.add_(1)
+
+    def _predict(self, i: int) -> tuple[Tensor, Tensor | None]:
+        """The network's output for the samples of chunk i, with their labels, and when guided without."""
+        first, last, place = self.chunks[i]
+        inside = slice(place, place + last - first)
+        if self.fed is None:
+            fed = self.x
+        else:
+            if not self.step_feeds:
+                if last - first < self.layout.chunk:
+                    self.fed.zero_()
+                self.fed[:, inside] = self.x[first:last]
+            fed = self.fed.flatten(0, 1)
+        labels = (self.labels[i].flatten(0, 1),) if self.labels else ()
+        m = prediction(self.plan.model(fed, self.t, *labels), fed)
+        if m.untyped_storage().data_ptr() == fed.untyped_storage().data_ptr():
+            m = m.clone()  # the network gave its input back, which ddpm_step is about to write to
+        if self.layout.guided:
+            labelled, unlabelled = m.chunk(2)
+            return labelled[inside], unlabelled[inside]
+        return m[inside], None
+
+    def _predict_in_chunks(self, m: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The same for all samples, copied together at once: a network may return one and the same buffer each time."""
+        for i, (first, last, _) in enumerate(self.chunks):
+            for half, part in zip(m, self._predict(i), strict=False):
+                half[first:last] = part
+        return m[0], m[1] if self.layout.guided else None
+
+    def _threshold(self, m: Tensor, uncond: Tensor | None) -> Tensor | None:
+        """Dynamic thresholding (Saharia et al. 2022): per sample the given quantile of |x0|, within [1, max_value]."""
+        if self.plan.thresholding is None:
+            return None
+        ratio, max_value = self.plan.thresholding
+        a, b = self.plan.steps.table.index_select(0, self.row)[0, :2]
+        m = m.float()
+        if uncond is not None and self.guidance is not None:
+            m = uncond.float() + self.guidance * (m - uncond.float())
+        size = (a * self.x - b * m).abs().flatten(1).sort(dim=1).values
+        # Between the two order statistics around it, as torch.quantile, which refuses large batches.
+        position = ratio * (size.shape[1] - 1)
+        low, high = math.floor(position), math.ceil(position)
+        quantile: Tensor = size[:, low] + (position - low) * (size[:, high] - size[:, low])
+        return quantile.clamp(1.0, max_value)

@@ -1,0 +1,123 @@
+"""One call of `Sampler.sample` or `Sampler.stream`, from the first buffer to the last check."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._graphs import Loops
+from ._inputs import check_noise
+from ._loop import Layout, Loop, Plan, Start
+from ._model import eval_mode
+
+RowNoise = Callable[[int, int], Tensor]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Step:
+    """One finished row of `Sampler.stream`.
+
+    row, t: the row of the step table and the timestep that it left.
+    x: float32 (n, *shape), the state that it arrived at. x0: float32 (n, *shape), the estimate of the data that it used
+    on the way, after clipping. Both are copies, the caller's own.
+    """
+
+    row: int
+    t: int
+    x: Tensor
+    x0: Tensor
+    seed: int
+    first_sample: int
+
+    def state(self) -> dict[str, Any]:
+        """What `sample` and `stream` need to go on from here, bit for bit: `sampler.sample(n, **step.state())`.
+
+        Labels, guidance and given noise are the caller's and are passed again.
+        """
+        return {"x": self.x.clone(), "start": self.row + 1, "seed": self.seed, "first_sample": self.first_sample}
+
+
+class Run:
+    """The rows from `begin.start` on, under one layout. Everything but `stream` works inside `open()` only."""
+
+    def __init__(
+        self, plan: Plan, layout: Layout, begin: Start, noise: RowNoise | None, loops: Loops, deterministic: bool
+    ) -> None:
+        self.plan, self.layout, self.begin = plan, layout, begin
+        self._noise, self._loops, self._deterministic = noise, loops, deterministic
+        self._loop: Loop
+        self._advance: Callable[[], None]
+
+    @contextlib.contextmanager
+    def open(self) -> Iterator[None]:
+        """Takes a loop and loads it; gives it back at the end."""
+        with self.running():
+            self._loop, self._advance = self._loops.take(self.plan, self.layout)
+        try:
+            with self.running():
+                self._loop.load(self.begin)
+            yield
+        finally:
+            self._loops.give(self._loop, self._advance)
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """No gradients, the model in eval mode, and with `deterministic` no choosing among algorithms by trial."""
+        cudnn = torch.backends.cudnn
+        before = cudnn.benchmark, cudnn.deterministic
+        try:
+            if self._deterministic:
+                cudnn.benchmark, cudnn.deterministic = False, True
+            with torch.inference_mode(), eval_mode(self.plan.model):
+                yield
+        finally:
+            cudnn.benchmark, cudnn.deterministic = before
+
+    def stream(self) -> Iterator[Step]:
+        """The whole run, a `Step` after each row. Between rows the model's mode and torch's flags are the caller's."""
+        if not self.layout.n:
+            return
+        with self.open():
+            for row in range(self.begin.start, len(self.plan.steps)):
+                with self.running():
+                    self.advance(row)
+                    self.check()
+                t = int(self.plan.steps.timesteps[row])
+                yield Step(row, t, self.x(), self.x0(), self.begin.seed, self.begin.first_sample)
+
+    def advance(self, row: int) -> None:
+        """One step. `row` is what the device's own counter stands at; the host needs it for the caller's noise only."""
+        steps, buffer = self.plan.steps, self._loop.noise
+        if self._noise is not None and buffer is not None and steps.coefficients[row, 6] != 0.0:
+            z = self._noise(row, int(steps.timesteps[row]))
+            buffer.copy_(check_noise(z, self.layout.n, self.layout.shape, self.plan.device))
+        self._advance()
+
+    def check(self) -> None:
+        """Waits for the device; RuntimeError naming the first row that made a value that is not finite."""
+        row = int(self._loop.bad_row)
+        if row >= 0:
+            t = int(self.plan.steps.timesteps[row])
+            raise RuntimeError(
+                f"a sample stopped being finite in row {row} (t = {t}): the model's output was NaN or infinite there, "
+                "or so large that the step overflowed; check its weights, its dtype (float16 ends at 65504) and noise="
+            )
+
+    def x(self) -> Tensor:
+        """A copy of the state, float32 (n, *shape), that is the caller's own."""
+        return _own(self._loop.x)
+
+    def x0(self) -> Tensor:
+        """A copy of the last row's estimate of the data, of a run whose layout has x0."""
+        assert self._loop.x0 is not None
+        return _own(self._loop.x0)
+
+
+def _own(tensor: Tensor) -> Tensor:
+    with torch.inference_mode(False):  # an ordinary tensor, which may take part in autograd
+        return tensor.clone()

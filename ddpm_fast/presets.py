@@ -1,0 +1,79 @@
+"""like="...": what each peer's own sampler does, one row per peer.
+
+An argument of `Sampler` that is None is taken from the preset named by `like=`, or from DEFAULT; an explicit one wins.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from types import MappingProxyType
+from typing import Any
+
+from .schedule import Schedule
+
+
+@dataclasses.dataclass(frozen=True)
+class Preset:
+    """One peer's choices; see `Schedule.step_table` and `Sampler` for what each one does.
+
+    method: for all T steps. respaced_method: for fewer.
+    prediction: what its networks are trained to give by default.
+    variance, clip, eta, rederive_eps, spacing: as in `Schedule.step_table`.
+    time_scale: what the network is told as t: "index" (int64 t) or "rescaled" (float32 t * 1000 / T).
+    output: the range its sampler returns, as in `Sampler.sample`.
+    schedule, scale_betas: its default schedule, and whether its linear betas are multiplied by 1000 / T.
+    """
+
+    method: str = "ddpm"
+    respaced_method: str = "ddpm"
+    prediction: str = "eps"
+    variance: str = "fixed_large"
+    clip: float | bool = False
+    eta: float = 0.0
+    rederive_eps: bool = True
+    spacing: str = "trailing"
+    time_scale: str = "index"
+    output: str = "model"
+    schedule: str = "linear"
+    scale_betas: bool = False
+
+    def make_schedule(self, T: int = 1000, name: str | None = None, **options: Any) -> Schedule:
+        """The peer's schedule of T timesteps: its default one, or another by name, with its scaling of linear betas."""
+        chosen = name or self.schedule
+        if chosen == "linear":
+            options.setdefault("scale_betas", self.scale_betas)
+        return Schedule.named(chosen, T, **options)
+
+
+DEFAULT = Preset()
+
+PRESETS = MappingProxyType(
+    {
+        # The textbook loop (Ho et al. 2020, Algorithm 2), shown as images in [0, 1].
+        "tutorial": Preset(output="unit"),
+        # DDPMPipeline with DDPMScheduler() and, for method="ddim", DDIMScheduler() as they come.
+        "diffusers": Preset(variance="fixed_small", clip=1.0, spacing="leading", rederive_eps=False, output="unit"),
+        # GaussianDiffusion(); it turns to DDIM when asked for fewer steps, and does not clamp what it returns.
+        "lucidrains": Preset(
+            respaced_method="ddim",
+            prediction="v",
+            variance="fixed_small",
+            clip=1.0,
+            spacing="trailing_floor",
+            output="unit_unclamped",
+            schedule="sigmoid_alphas_cumprod",
+            scale_betas=True,
+        ),
+        # improved-diffusion's defaults (rescale_timesteps is on there; guided-diffusion leaves it off).
+        "openai": Preset(clip=1.0, spacing="sections", time_scale="rescaled", scale_betas=True),
+    }
+)
+
+
+def preset(like: str | None) -> Preset:
+    """The preset of that name, DEFAULT for None; ValueError listing the known ones otherwise."""
+    if like is None:
+        return DEFAULT
+    if like not in PRESETS:
+        raise ValueError(f"like must be one of {', '.join(PRESETS)}, got {like!r}")
+    return PRESETS[like]

@@ -1,0 +1,287 @@
+"""`Sampler`: the reverse process of a diffusion model, one table row per step, nothing of it waiting for the host.
+
+x_T ~ N(0, I); for each row: m = model(x, t); x = ddpm_step(x, m, row).  (Ho et al. 2020, Algorithm 2, and its kin.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._choices import choose
+from ._graphs import Loops
+from ._inputs import (
+    Labels,
+    Noise,
+    given_noise,
+    guidance_of,
+    labels_of,
+    seed_of,
+    start_state,
+    whole,
+)
+from ._loop import Layout, Plan, Start
+from ._model import FED_DTYPES, Model, attribute, device_of, dtype_of, sample_shape
+from ._outputs import check_output, to_output
+from ._progress import Progress
+from ._run import Run, Step
+from ._timesteps import Steps
+from .schedule import Schedule
+
+DEFAULT_CHUNK = 16
+
+
+class Sampler:
+    """Draws samples from a diffusion model.
+
+    model: any callable `model(x, t)` or `model(x, t, labels)`. x is (n, *shape) in `dtype`, t int64 (n,), labels int64
+        (n,). It returns a tensor like x, an object with `.sample` (diffusers), or a tuple that starts with the tensor.
+        A Module runs in eval mode and is given back as it was. It must not write to x.
+    schedule: a `Schedule`.
+    steps, spacing, steps_offset, method, eta, prediction, variance, clip, rederive_eps: as in `Schedule.step_table`.
+    thresholding: dynamic thresholding in place of clip: True, a ratio, or (ratio, max_value); per sample, x0 is clipped
+        to the ratio-quantile of |x0| (within [1, max_value]) and divided by it.
+    like: "tutorial", "diffusers", "lucidrains" or "openai": that peer's choices wherever an argument is None. Without
+        it None means DDPM over all T steps (spacing "trailing" for fewer), eps, fixed_large, no clip, eta 0.
+    time_scale: "index" tells the model t as it is, "rescaled" t * 1000 / T in float32.
+    null_label: the label that means "none" for guidance; default model.null_label.
+    shape: the shape of one sample, (C, H, W) or (D,); default from the model where it says so.
+    dtype: what the model is fed: float32, bfloat16, float16, float64; default the dtype of its parameters. The state
+        stays float32.
+    device: default the device of the model's parameters.
+    deterministic: run the network on exactly `chunk` samples at a time (default 16), sample g of a seed always in place
+        g % chunk, the rest padding; then it has the same bits for any n, split or restart on one kind of device.
+    chunk: on its own, bounds how many samples the network sees at a time.
+    cuda_graph: on CUDA, None captures the step in a graph and warns and runs eagerly where that fails; True raises
+        instead; False never captures. A captured model's Python runs once and its kernels every step, so a model whose
+        Python decides something from step to step needs False. Weights are read in place: new values loaded into them
+        are seen, and weights that move are noticed. At most 4 graphs are kept; `clear_graphs` frees them.
+    fused: has no network plan to turn on in this version; True raises ValueError.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        schedule: Schedule,
+        *,
+        steps: Steps = None,
+        spacing: str | None = None,
+        steps_offset: int = 0,
+        method: str | None = None,
+        eta: float | None = None,
+        prediction: str | None = None,
+        variance: str | None = None,
+        clip: float | bool | None = None,
+        thresholding: bool | float | tuple[float, float] | None = None,
+        rederive_eps: bool | None = None,
+        like: str | None = None,
+        time_scale: str | None = None,
+        null_label: int | Tensor | None = None,
+        shape: int | Sequence[int] | None = None,
+        fused: bool = False,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        deterministic: bool = False,
+        chunk: int | None = None,
+        cuda_graph: bool | None = None,
+    ) -> None:
+        if not callable(model):
+            raise TypeError(f"model must be callable as model(x, t), got {type(model).__name__}")
+        if not isinstance(schedule, Schedule):
+            raise TypeError(f"schedule must be a ddpm_fast.Schedule, got {type(schedule).__name__}")
+        if fused:
+            raise ValueError(
+                "fused=True: this version has no fused network plan; leave it out, and pass torch.compile(model) as "
+                "the model for a faster network"
+            )
+        if dtype is not None and dtype not in FED_DTYPES:
+            known = ", ".join(str(known) for known in FED_DTYPES)
+            raise ValueError(f"dtype must be one of {known}, got {dtype}")
+        self._model, self.schedule, self.like = model, schedule, like
+        self.choices = choose(
+            schedule,
+            like=like,
+            steps=steps,
+            spacing=spacing,
+            steps_offset=steps_offset,
+            method=method,
+            eta=eta,
+            prediction=prediction,
+            variance=variance,
+            clip=clip,
+            thresholding=thresholding,
+            rederive_eps=rederive_eps,
+            time_scale=time_scale,
+        )
+        self.null_label, self.shape, self.dtype, self.deterministic = null_label, shape, dtype, deterministic
+        self.device = None if device is None else _indexed(torch.device(device))
+        if chunk is None and deterministic:
+            chunk = DEFAULT_CHUNK
+        self.chunk = None if chunk is None else whole("chunk", chunk, 1)
+        self.last_seed: int | None = None
+        self._plans: dict[tuple[torch.device, torch.dtype], Plan] = {}
+        self._loops = Loops(cuda_graph)
+
+    # -- what is asked for ----------------------------------------------------------------------------------------
+
+    @property
+    def model(self) -> Model:
+        """The network, as it was given."""
+        return self._model
+
+    @property
+    def timesteps(self) -> list[int]:
+        """The timestep that each row leaves, highest first."""
+        return [int(t) for t in self.choices.steps.timesteps]
+
+    def __len__(self) -> int:
+        """The number of reverse steps."""
+        return len(self.choices.steps)
+
+    def __repr__(self) -> str:
+        like = f", like={self.like!r}" if self.like else ""
+        return f"Sampler({type(self.model).__name__}, {self.schedule!r}, {self.choices}{like})"
+
+    def clear_graphs(self) -> None:
+        """Free the CUDA graphs of earlier calls and their memory."""
+        self._loops.clear()
+
+    def sample(
+        self,
+        n: int,
+        shape: int | Sequence[int] | None = None,
+        *,
+        seed: int | None = None,
+        first_sample: int = 0,
+        labels: Labels | None = None,
+        guidance: float = 1.0,
+        x: Tensor | None = None,
+        start: int = 0,
+        noise: Noise | None = None,
+        output: str | None = None,
+        progress: bool | None = None,
+    ) -> Any:
+        """n samples, (n, *shape) float32 in the model's range unless `output` says otherwise.
+
+        n, shape: how many, and the shape of one: (C, H, W), (D,), ..., or an image side for a model with in_channels.
+        seed, first_sample: the noise of sample i is a function of (seed, first_sample + i) and of nothing else, so rank
+            r of R can draw its own share with first_sample. None draws a seed from torch's generator. The seed used is
+            in `last_seed`.
+        labels: an int, n ints, or a tensor (n,); guidance w: m = m_none + w (m_labels - m_none), in one pass over 2n.
+        x, start: the state to start from, and how many rows it has behind it: x alone is x_T; both resume a run.
+        noise: the steps' normals instead of the seed's: a tensor (len(sampler), n, *shape) or, from row `start` on,
+            (len(sampler) - start, n, *shape); or a function (row, t) -> tensor (n, *shape). The last row uses none.
+        output: "model" (float32, unclamped; the default without `like`), "unit" ((x + 1)/2 in [0, 1]),
+            "unit_unclamped", "uint8" (rounded half to even), "pil" (a list of Pillow images).
+        progress: a tqdm bar; None shows one in a terminal.
+        Raises ValueError or TypeError before anything runs for arguments that cannot be served, in the first step for a
+        model that returns the wrong thing, and RuntimeError naming the row when a value stops being finite.
+        """
+        run = self._prepare(n, shape, seed, first_sample, labels, guidance, x, start, noise)
+        output = self.choices.output if output is None else output
+        check_output(output, run.layout.shape)
+        if n:
+            with run.open(), run.running(), Progress(len(self) - start, progress, run.check) as bar:
+                for row in range(start, len(self)):
+                    run.advance(row)
+                    bar.advance()
+                run.check()
+                result = run.x()
+        else:
+            result = torch.zeros(0, *run.layout.shape, dtype=torch.float32, device=run.plan.device)
+        with torch.inference_mode(False):
+            return to_output(result, output)
+
+    def stream(
+        self,
+        n: int,
+        shape: int | Sequence[int] | None = None,
+        *,
+        seed: int | None = None,
+        first_sample: int = 0,
+        labels: Labels | None = None,
+        guidance: float = 1.0,
+        x: Tensor | None = None,
+        start: int = 0,
+        noise: Noise | None = None,
+    ) -> Iterator[Step]:
+        """The same run, row by row: yields a `Step` after each. Arguments as in `sample`; bad ones raise at once."""
+        run = self._prepare(n, shape, seed, first_sample, labels, guidance, x, start, noise, x0=True)
+        return run.stream()
+
+    # -- how it is done -------------------------------------------------------------------------------------------
+
+    def _prepare(
+        self,
+        n: int,
+        shape: int | Sequence[int] | None,
+        seed: int | None,
+        first_sample: int,
+        labels: Labels | None,
+        guidance: float,
+        x: Tensor | None,
+        start: int,
+        noise: Noise | None,
+        x0: bool = False,
+    ) -> Run:
+        """Every argument checked and put where it will be used; nothing has run yet."""
+        n = whole("n", n, 0)
+        first_sample = whole("first_sample", first_sample, 0, 2**63 - 1 - n)
+        start = whole("start", start, 0, len(self))
+        if shape is None and self.shape is None and isinstance(x, Tensor) and x.dim() > 1:
+            sizes = tuple(x.shape[1:])
+        else:
+            sizes = sample_shape(self.model, self.shape if shape is None else shape)
+        device = self._device(x)
+        self._loops.check(device)
+        state = start_state(x, start, n, sizes, device)
+        source = given_noise(noise, start, len(self), n, sizes, device)
+        rows = labels_of(labels, n, device, attribute(self.model, "num_classes"))
+        null_label = attribute(self.model, "null_label") if self.null_label is None else self.null_label
+        null = guidance_of(guidance, rows, null_label)
+        self.last_seed = seed_of(seed)
+        chunk = max(n, 1) if self.chunk is None else self.chunk if self.deterministic else min(self.chunk, max(n, 1))
+        layout = Layout(
+            n=n,
+            shape=sizes,
+            label=None if rows is None else (tuple(rows.shape[1:]), rows.dtype),
+            guided=null is not None,
+            noise=source is not None,
+            x0=x0,
+            chunk=chunk,
+            offset=first_sample % chunk if self.deterministic else 0,
+        )
+        begin = Start(self.last_seed, first_sample, start, state, rows, null, float(guidance))
+        return Run(self._plan(device), layout, begin, source, self._loops, self.deterministic)
+
+    def _device(self, x: Tensor | None) -> torch.device:
+        of_model = device_of(self.model)
+        if self.device is not None:
+            if of_model is not None and of_model != self.device:
+                raise ValueError(f"device={self.device}, but the model is on {of_model}; move it there with model.to()")
+            return self.device
+        if of_model is not None:
+            return of_model
+        return x.device if isinstance(x, Tensor) else _indexed(torch.get_default_device())
+
+    def _plan(self, device: torch.device) -> Plan:
+        dtype = dtype_of(self.model) if self.dtype is None else self.dtype
+        if (device, dtype) not in self._plans:
+            t_model = torch.tensor(self.choices.steps.timesteps, device="cpu")
+            if self.choices.time_scale == "rescaled":
+                t_model = t_model.float() * (1000.0 / self.schedule.num_timesteps)
+            with torch.inference_mode(False):
+                steps = self.choices.steps.to(device)
+                t_model = t_model.to(device)
+                self._plans[device, dtype] = Plan(self.model, steps, t_model, dtype, self.choices.thresholding)
+        return self._plans[device, dtype]
+
+
+def _indexed(device: torch.device) -> torch.device:
+    """Device cuda as cuda:0, or whichever is current, so that devices can be compared."""
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
