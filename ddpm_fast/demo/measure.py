@@ -1,0 +1,135 @@
+"""What the demo measures: quality against bars, and seconds against the textbook loop."""
+
+from __future__ import annotations
+
+import functools
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import metrics, noise, ops
+from ..nn import UNet
+from ..sampler import Sampler
+from ..schedule import Schedule
+from .textbook import plain_unet, textbook_loop
+
+RECOGNISED_AT_LEAST = 0.95
+ENERGY_RATIO_AT_MOST = 1.5
+
+
+def energy(samples: Tensor, real: Tensor) -> dict[str, float]:
+    """Distances of samples to the real images, both (N, C, H, W), clamped to [-1, 1]."""
+    samples, real = samples.cpu().clamp(-1, 1), real.cpu()
+    return {
+        "energy_ratio": metrics.energy_ratio(samples, real),
+        "nearest_real_distance": metrics.nearest_distance(samples, real),
+        "nearest_real_distance_of_real": metrics.nearest_distance(real, real),
+    }
+
+
+def verdicts(quality: dict[str, Any], say: Callable[[str], None]) -> list[str]:
+    """Prints the quality beside its bars and returns which bars were missed."""
+    recognised, ratio = quality["recognised"], quality["energy_ratio"]
+    say(
+        f"recognised: {100 * recognised:.1f} % of {quality['guided_samples']} samples (guidance "
+        f"{quality['guidance']:g}; {quality['method']}) are read by the SVM as the digit asked "
+        f"for; at least {100 * RECOGNISED_AT_LEAST:g} % wanted"
+    )
+    say(
+        f"energy distance: {quality['unguided_samples']} unguided samples to the real digits, "
+        f"{ratio:.2f} times that of as many real digits to the rest; at most "
+        f"{ENERGY_RATIO_AT_MOST:g} wanted (nearest real digit at "
+        f"{quality['nearest_real_distance']:.2f}, of the real ones among themselves "
+        f"{quality['nearest_real_distance_of_real']:.2f})"
+    )
+    missed = []
+    # Written so that NaN misses.
+    if not recognised >= RECOGNISED_AT_LEAST:
+        missed.append(f"recognised {100 * recognised:.1f} %")
+    if not ratio <= ENERGY_RATIO_AT_MOST:
+        missed.append(f"energy distance {ratio:.2f} times")
+    return missed
+
+
+def _timed(work: Callable[[], Tensor], device: torch.device) -> tuple[float, Tensor]:
+    began = time.perf_counter()
+    result = work()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - began, result
+
+
+def compare_speed(
+    net: UNet,
+    schedule: Schedule,
+    shape: tuple[int, ...],
+    *,
+    seed: int,
+    first_sample: int,
+    seconds: float,
+    bar: Any,
+    pairs: int = 3,
+) -> dict[str, Any]:
+    """Ten images, one a digit, by the eager textbook loop and by Sampler, in turns.
+
+    Both use the same weights, all T steps, no clipping, no guidance and the same noise. The eager
+    loop finds its noise ready in memory; Sampler draws its own, inside the time measured. A short
+    run of each goes first, untimed.
+
+    Args:
+        net: class-conditional, in eval mode; shape: (C, H, W) of its images.
+        seed, first_sample: which images.
+        seconds: no further pair of runs is begun after so many seconds; one pair is always made.
+        bar: a tqdm bar of 100 percent.
+        pairs: at most so many.
+    """
+    device = net.device
+    n = 10
+    labels = torch.arange(n, device=device)
+    draw = functools.partial(ops.normal, n, shape, seed=seed, first_sample=first_sample, device=device)
+    x_t = draw(stream=noise.STREAM_X_T)
+    noises = [draw(stream=1 + t) for t in range(schedule.num_timesteps - 1, 0, -1)]
+    model = functools.partial(plain_unet, net, labels=labels)
+    sampler = Sampler(net, schedule)
+
+    def eager() -> Tensor:
+        return textbook_loop(model, schedule.betas, x_t, noises)
+
+    def ours(start: int = 0) -> Tensor:
+        images: Tensor = sampler.sample(
+            n,
+            shape,
+            seed=seed,
+            first_sample=first_sample,
+            labels=labels,
+            x=x_t if start else None,
+            start=start,
+            progress=False,
+        )
+        return images
+
+    short = min(20, schedule.num_timesteps - 1)
+    textbook_loop(model, schedule.betas[:short], x_t, noises)
+    ours(start=len(sampler) - short)
+    times: tuple[list[float], list[float]] = ([], [])
+    difference = 0.0
+    while len(times[0]) < pairs and (not times[0] or sum(times[0]) + sum(times[1]) < seconds):
+        results = []
+        for work, spent in zip((eager, ours), times, strict=True):
+            elapsed, images = _timed(work, device)
+            spent.append(elapsed)
+            results.append(images.clamp(-1, 1))
+            bar.update(50 / pairs)
+        difference = max(difference, float((results[0] - results[1]).abs().max()))
+    return {
+        "images": n,
+        "steps": schedule.num_timesteps,
+        "eager_s": times[0],
+        "sampler_s": times[1],
+        "speed_up": statistics.median(times[0]) / statistics.median(times[1]),
+        "max_abs_difference": difference,
+    }

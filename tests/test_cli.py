@@ -1,0 +1,86 @@
+"""The command line: exit codes, one-line errors, what reaches the demo."""
+
+import sys
+import types
+
+import pytest
+
+from ddpm_fast import cli, demo
+
+
+def test_help(capsys):
+    assert cli.main(["--help"]) == 0
+    text = capsys.readouterr().out
+    assert "examples:" in text
+    assert "ddpm-fast demo --out here --device cuda" in text
+    assert cli.main(["demo", "--help"]) == 0
+    text = capsys.readouterr().out
+    assert all(option in text for option in ("--out", "--seed", "--device", "--seconds", "--train-steps", "--quiet"))
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("", "the following arguments are required: {demo,info}"),
+        ("fly", "invalid choice: 'fly'"),
+        ("demo --seed x", "argument --seed: invalid int value: 'x'"),
+        ("demo --wat", "unrecognized arguments: --wat"),
+        ("demo --seed -1 --out {out}", "--seed must be in 0..2^63-1, got -1"),
+        ("demo --seconds -1 --out {out}", "--seconds must be a positive number of seconds, got -1.0"),
+        ("demo --device cuda:99 --out {out}", "sees"),
+        ("demo --device tpu --out {out}", "--device must be auto, cpu, cuda or cuda:N, got 'tpu'"),
+        ("demo --out {file}/below", "cannot be written to"),
+    ],
+)
+def test_bad_lines_are_one_line_and_exit_2(tmp_path, capsys, line, message):
+    file = tmp_path / "file"
+    file.write_text("")
+    assert cli.main(line.format(out=tmp_path / "out", file=file).split()) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("ddpm-fast")
+    assert err.count("\n") == 1
+    assert message in err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "missed", "code", "stream"),
+    [
+        ([], [], 0, None),
+        ([], ["recognised 94.0 %"], 1, "err"),
+        (["--seconds", "500"], ["recognised 94.0 %"], 1, "err"),
+        (["--seconds", "3"], ["recognised 94.0 %"], 0, "out"),
+        (["--train-steps", "3"], ["recognised 94.0 %"], 0, "out"),
+    ],
+)
+def test_exit_code_of_a_missed_bar(monkeypatch, capsys, tmp_path, options, missed, code, stream):
+    seen = []
+
+    def run(settings):
+        seen.append(settings)
+        return {"missed": missed}
+
+    monkeypatch.setattr(demo, "run", run)
+    assert cli.main(["demo", "--out", str(tmp_path), "--seed", "5", "--device", "cpu", "--quiet", *options]) == code
+    assert (seen[0].out, seen[0].seed, seen[0].device, seen[0].progress) == (tmp_path, 5, "cpu", False)
+    captured = capsys.readouterr()
+    if stream is not None:
+        assert "recognised 94.0 %" in getattr(captured, stream)
+
+
+def test_the_default_line_is_the_default_settings(monkeypatch):
+    seen = []
+    monkeypatch.setattr(demo, "run", lambda settings: seen.append(settings) or {"missed": []})
+    assert cli.main(["demo"]) == 0
+    assert seen == [demo.Settings(out=seen[0].out)]
+    assert str(seen[0].out) == "demo"
+
+
+def test_info_is_python_m_ddpm_fast(monkeypatch):
+    module = types.ModuleType("ddpm_fast.__main__")
+    module.main = lambda: 0
+    monkeypatch.setitem(sys.modules, "ddpm_fast.__main__", module)
+    assert cli.main(["info"]) == 0
+    module.main = lambda: 3
+    assert cli.main(["info"]) == 3
