@@ -1,0 +1,209 @@
+"""What nvcc makes of csrc/cuda, judged without a GPU: exact arithmetic, wide accesses, no spills, few instructions."""
+
+from __future__ import annotations
+
+import os
+import re
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from cuda_sass import CUDA, FLAGS, Kernel, find_cuobjdump, find_nvcc, output_of, read_kernels
+
+ARCHITECTURES = ["sm_80", "sm_90"]
+OPS = ["normal", "q_sample", "ddpm_step", "noise_mse", "add_bias_temb"]
+
+pytestmark = [
+    pytest.mark.skipif(find_nvcc() is None, reason="needs nvcc: install the CUDA toolkit and put it on PATH"),
+    pytest.mark.skipif(find_cuobjdump() is None, reason="needs cuobjdump: from the CUDA toolkit or the triton package"),
+]
+
+
+def compile_cuda(op: str, target: Path, *options: str) -> Path:
+    nvcc = find_nvcc()
+    assert nvcc is not None
+    output_of(nvcc, *FLAGS, "-Werror", "all-warnings", *options, str(CUDA / f"{op}_cuda.cu"), "-o", str(target))
+    return target
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Path]:
+    """(op, "sm_80" | "sm_90" | "ptx" | "approximate") -> file. A warning of nvcc is an error."""
+    folder = tmp_path_factory.mktemp("cuda")
+    variants = {
+        "sm_80": ["-arch=sm_80", "-cubin"],
+        "sm_90": ["-arch=sm_90", "-cubin"],
+        "ptx": ["-arch=compute_90", "-ptx"],
+        "approximate": ["-arch=sm_90", "-cubin", "-prec-sqrt=false", "-prec-div=false"],
+    }
+    jobs = [(op, variant) for op in OPS for variant in variants]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        files = pool.map(lambda job: compile_cuda(job[0], folder / "-".join(job), *variants[job[1]]), jobs)
+        return dict(zip(jobs, files, strict=True))
+
+
+@pytest.fixture(scope="module")
+def kernels(built: dict[tuple[str, str], Path]) -> dict[str, dict[str, Kernel]]:
+    """Architecture -> kernel name -> kernel."""
+    return {
+        arch: {name: kernel for op in OPS for name, kernel in read_kernels(built[op, arch]).items()}
+        for arch in [*ARCHITECTURES, "approximate"]
+    }
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_every_operation_is_rounded_by_itself(op: str, built: dict[tuple[str, str], Path]) -> None:
+    """In PTX each + - x / sqrt names its rounding, which forbids ptxas to contract it, and nothing is approximate."""
+    ptx = built[op, "ptx"].read_text()
+    arithmetic = set(
+        re.findall(r"\b((?:add|sub|mul|fma|mad|div|rcp|sqrt|rsqrt|ex2|lg2|sin|cos|tanh)\.[\w.]*f(?:16|32|64)\w*)", ptx)
+    )
+    assert arithmetic <= {"add.rn.f32", "sub.rn.f32", "mul.rn.f32", "div.rn.f32", "rcp.rn.f32", "sqrt.rn.f32"}
+    assert "mul.rn.f32" in arithmetic
+    assert ".ftz" not in ptx
+    assert ".f64" not in ptx
+
+
+def test_fused_multiply_add_occurs_in_square_root_and_division_only(kernels: dict[str, dict[str, Kernel]]) -> None:
+    """Correctly rounded sqrt and division are made with FFMA; with those two approximated not a single one is left."""
+    assert {name: k.count(r"FFMA") for name, k in kernels["approximate"].items() if k.count(r"FFMA")} == {}
+    for arch in ARCHITECTURES:
+        assert kernels[arch]["normal_kernel<float, Run>"].count(r"FFMA") > 0, "the square root is no longer exact"
+        assert kernels[arch]["q_sample_backward_kernel<float, Run>"].count(r"FFMA") == 0
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_nothing_is_kept_in_local_memory(arch: str, kernels: dict[str, dict[str, Kernel]]) -> None:
+    assert len(kernels[arch]) > 50
+    for kernel in kernels[arch].values():
+        assert kernel.count(r"(LDL|STL)\b") == 0, kernel.name
+        assert kernel.resources["STACK"] == 0, kernel.name
+        assert kernel.resources["LOCAL"] == 0, kernel.name
+        assert kernel.resources["REG"] <= 64, kernel.name
+
+
+FULL_OCCUPANCY = [
+    *(f"normal_kernel<{t}, Run>" for t in ("float", "__half", "__nv_bfloat16")),
+    *(f"q_sample_kernel<{x0}, {out}, Run>" for x0 in ("float", "unsigned char") for out in ("float", "__nv_bfloat16")),
+    *(f"ddpm_step_kernel<true, {t}, Run>" for t in ("float", "__half", "__nv_bfloat16")),
+    *(f"add_bias_temb_kernel<float, 4, {across}>" for across in ("false", "true")),
+]
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("name", FULL_OCCUPANCY)
+def test_registers_allow_all_threads_of_a_multiprocessor(
+    arch: str, name: str, kernels: dict[str, dict[str, Kernel]]
+) -> None:
+    assert kernels[arch][name].resources["REG"] <= 65536 // 2048
+
+
+# kernel: (wide loads at least, wide stores, width)
+WIDTHS = {
+    "normal_kernel<float, Run>": (0, 1, 128),
+    "normal_kernel<__nv_bfloat16, Run>": (0, 1, 64),
+    "q_sample_kernel<float, float, Run>": (2, 2, 128),  # x0 and noise; x_t and target
+    "q_sample_kernel<__half, __half, Run>": (1, 2, 64),
+    "add_bias_temb_kernel<float, 4, false>": (1, 1, 128),
+    "add_bias_temb_kernel<float, 4, true>": (1, 1, 128),
+    "add_bias_temb_kernel<__nv_bfloat16, 8, false>": (1, 1, 128),
+    "add_bias_temb_kernel<__nv_bfloat16, 8, true>": (1, 1, 128),
+    "noise_mse_backward_kernel<float, Run>": (1, 1, 128),
+}
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("name", WIDTHS)
+def test_contiguous_kernels_move_packs(arch: str, name: str, kernels: dict[str, dict[str, Kernel]]) -> None:
+    loads, stores, width = WIDTHS[name]
+    kernel = kernels[arch][name]
+    assert kernel.count(rf"LDG\.E\.{width}\b") >= loads
+    assert kernel.count(rf"STG\.E\.{width}\b") == stores
+    assert kernel.count(r"STG\b") == stores, "no store of single elements beside them"
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("plain", ["true", "false"])
+def test_ddpm_step_moves_packs(arch: str, plain: str, kernels: dict[str, dict[str, Kernel]]) -> None:
+    kernel = kernels[arch][f"ddpm_step_kernel<{plain}, float, Run>"]
+    assert kernel.count(r"LDG\.E\.128\b") >= 4  # x, m and a table row of 32 bytes
+    assert kernel.count(r"STG\.E\.128\b") >= 2  # x and a float32 copy; the other stores are copies in other formats
+
+
+SQUARE_ROOT = r"MUFU\.RSQ R\d+, R\d+"  # the two of Box-Muller: a path through them draws the noise
+
+# kernel: instructions per element on the shortest way through the named instructions
+BUDGETS = {
+    "normal_kernel<float, Run>": (66, SQUARE_ROOT),
+    "normal_kernel<__nv_bfloat16, Run>": (66, SQUARE_ROOT),
+    "q_sample_kernel<float, float, Run>": (77, SQUARE_ROOT),
+    "q_sample_kernel<unsigned char, __nv_bfloat16, Run>": (92, SQUARE_ROOT),
+    "ddpm_step_kernel<true, float, Run>": (92, rf"({SQUARE_ROOT}|ATOMG)"),  # bad_row and its write included
+    "ddpm_step_kernel<true, __nv_bfloat16, Run>": (93, rf"({SQUARE_ROOT}|ATOMG)"),
+    "ddpm_step_kernel<false, float, Run>": (106, SQUARE_ROOT),
+    "add_bias_temb_kernel<float, 4, false>": (15, r"STG\.E\.128"),  # without the activation
+    "add_bias_temb_kernel<__nv_bfloat16, 8, true>": (11, r"STG\.E\.128"),
+}
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("name", BUDGETS)
+def test_the_main_path_stays_within_its_budget(arch: str, name: str, kernels: dict[str, dict[str, Kernel]]) -> None:
+    budget, required = BUDGETS[name]
+    elements = 8 if ", 8, " in name else 4
+    assert kernels[arch][name].shortest_path(required) / elements <= budget
+
+
+def test_the_path_finder_counts_what_it_should() -> None:
+    code = {
+        0: "S2R R0",
+        16: "@P0 EXIT",
+        32: "@P1 BRA 0x50",
+        48: "MUFU.RSQ R1, R2",
+        64: "BRA 0x60",
+        80: "NOT.REACHED",
+        96: "EXIT",
+    }
+    kernel = Kernel("example", code)
+    assert kernel.shortest_path("S2R") == 2
+    assert kernel.shortest_path(SQUARE_ROOT) == 6
+    assert kernel.count("MUFU") == 1
+    with pytest.raises(AssertionError, match="no path"):
+        kernel.shortest_path("MUFU|NOT")
+
+
+@pytest.fixture(scope="module")
+def extension() -> Path:
+    """The installed extension, if its CUDA half was built."""
+    from ddpm_fast import _C
+
+    if not _C.build_info()["cuda"]:
+        pytest.skip("the extension was installed without its CUDA half: with nvcc on PATH, run pip install -e . again")
+    return Path(_C.__file__)
+
+
+def test_the_installed_extension_has_both_architectures_and_no_other_library(extension: Path) -> None:
+    tool = find_cuobjdump()
+    assert tool is not None
+    listed = output_of(tool, "--list-elf", str(extension))
+    assert all(arch in listed for arch in ARCHITECTURES), listed
+    needed = re.findall(r"NEEDED.*\[(.*)\]", output_of("readelf", "-d", str(extension)))
+    assert not [name for name in needed if re.search("cuda|cudart|torch|c10", name)], needed
+
+
+def test_the_installed_extension_was_built_without_contraction(extension: Path) -> None:
+    """The flags in CMakeLists.txt: a kernel that neither divides nor takes a root has no fused multiply-add."""
+    kernel = read_kernels(extension, "sm_90")["q_sample_backward_kernel<float, Run>"]
+    assert kernel.count(r"FMUL\b") > 0
+    assert kernel.count(r"FFMA\b") == 0
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here: the error for its absence cannot be seen")
+def test_without_a_gpu_a_call_says_why(extension: Path) -> None:
+    from ddpm_fast import _C
+
+    with pytest.raises(RuntimeError, match=r"CUDA|driver|device"):
+        _C.normal(0, 0, 1, 1, 4, False, 0, 0, 0, 0)
+    assert _C.build_info()["cuda_error"]
+    assert _C.build_info()["cuda_runtime"]

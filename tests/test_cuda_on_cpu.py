@@ -1,0 +1,92 @@
+"""The CUDA kernels without a GPU: compiled for the CPU (tests/cuda_on_cpu) and run under AddressSanitizer and UBSan.
+
+Each test runs a child process, because the sanitizers must be loaded before Python is. What the children check is in
+tests/cuda_on_cpu/check_kernels.py and in the op tests themselves.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).resolve().parent
+sys.path.insert(0, str(TESTS / "cuda_on_cpu"))
+
+import build  # noqa: E402
+
+OPS = ["normal", "q_sample", "add_bias_temb", "ddpm_step", "noise_mse"]
+
+pytestmark = pytest.mark.skipif(
+    not sys.platform.startswith("linux"), reason="needs Linux and g++: the lanes of a block switch stacks with ucontext"
+)
+
+
+@pytest.fixture(scope="module")
+def module() -> Path:
+    """The sanitized module, built once per state of csrc/ and kept below build/."""
+    return build.build(TESTS.parent / "build" / "cuda_on_cpu")
+
+
+def sanitized(module: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run Python with the sanitizers loaded and the module named in DDPM_FAST_SHIM_MODULE."""
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST_", "DDPM_FAST_"))}
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=TESTS.parent,
+        env={
+            **inherited,
+            "LD_PRELOAD": build.preload(),
+            "ASAN_OPTIONS": "detect_leaks=0",  # Python keeps memory until it ends
+            "DDPM_FAST_SHIM_MODULE": str(module),
+            **environment,
+        },
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+
+
+def passed(module: Path, *arguments: str, **environment: str) -> int:
+    """How many tests pass in a sanitized pytest; all of them do, and none is skipped."""
+    done = sanitized(module, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments, **environment)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
+    closing = done.stdout.strip().splitlines()[-1]
+    found = re.fullmatch(r"(\d+) passed(, \d+ warnings?)? in .*", closing)
+    assert found is not None, closing
+    return int(found.group(1))
+
+
+def test_the_op_tests_pass_with_the_cuda_kernels(module: Path) -> None:
+    files = [str(TESTS / f"test_{op}.py") for op in OPS]
+    assert passed(module, *files, DDPM_FAST_TEST_BACKEND="cuda_on_cpu") > 400
+
+
+def test_the_kernels_equal_the_cpp_half_bit_for_bit(module: Path) -> None:
+    assert passed(module, "--noconftest", str(TESTS / "cuda_on_cpu" / "check_kernels.py")) > 1000
+
+
+def test_divisions_by_multiplication_are_right(tmp_path: Path) -> None:
+    program = tmp_path / "check_division"
+    source = TESTS / "cuda_on_cpu" / "check_division.cpp"
+    build.run([build.compiler(), "-std=c++17", "-O1", f"-I{build.CSRC}", str(source), "-o", str(program)])
+    done = subprocess.run([program], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stdout
+
+
+def test_an_access_outside_of_an_array_is_found(module: Path) -> None:
+    """The safety net itself: an output one element too short ends the process."""
+    script = (
+        f"import sys; sys.path.insert(0, {str(TESTS / 'cuda_on_cpu')!r})\n"
+        "import numpy as np; from check_kernels import C, Buffer\n"
+        "out, rng = Buffer(6, 'float32'), np.zeros(2, np.int64)\n"
+        "C.normal(0, 0, 1, 1, 7, False, out.place(), 0, rng.ctypes.data, 0)\n"
+    )
+    done = sanitized(module, "-c", script)
+    assert done.returncode != 0
+    assert "heap-buffer-overflow" in done.stderr
+    assert "normal_kernel" in done.stderr
