@@ -1,0 +1,211 @@
+"""Compiles the Triton kernels for GPUs that are not there and prints what is in them as JSON, for test_triton_aot.py.
+
+A process of its own, because kernels decorated under TRITON_INTERPRET=1 cannot be compiled.
+Usage: python aot_child.py SHARD SHARDS (case i belongs to shard i % SHARDS).
+"""
+
+from __future__ import annotations
+
+import collections
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
+IMAGES = (256, 3, 32, 32)
+FEATURES = (16, 128, 32, 32)
+
+
+def meta(*shape: int, dtype: torch.dtype = torch.float32, channels_last: bool = False) -> Tensor:
+    x = torch.empty(shape, dtype=dtype, device="meta")
+    return x.to(memory_format=torch.channels_last) if channels_last else x
+
+
+RNG = meta(2, dtype=torch.int64)
+T = meta(IMAGES[0], dtype=torch.int64)
+NOISING_TABLE = meta(1000, 2)
+STEP_TABLE = (meta(1000, 8), meta(1000, dtype=torch.int32), meta(1, dtype=torch.int64))
+BAD_ROW = meta(1, dtype=torch.int32)
+STREAM = 2**31
+
+
+@dataclass
+class Case:
+    """One launch to compile; wide_loads, wide_stores: bytes per element of each array that goes 128 bits at a time."""
+
+    name: str
+    call: Callable[[], object]
+    dtype: str
+    capability: int
+    wide_loads: list[int] = field(default_factory=list)
+    wide_stores: list[int] = field(default_factory=list)
+
+
+def cases() -> Iterator[Case]:
+    from ddpm_fast.backends import triton as ops
+
+    def step(dtype: torch.dtype, noise: bool = True, cl: bool = False, bad: bool = True, **options: Tensor) -> None:
+        names = ("noise", "m_uncond", "guidance", "x0_prev", "logvar", "threshold", "x0_out", "copy_out")
+        x, m = meta(*IMAGES, channels_last=cl), meta(*IMAGES, dtype=dtype, channels_last=cl)
+        rng = RNG if noise else None
+        ops.ddpm_step(x, m, *STEP_TABLE, rng, *(options.get(name) for name in names), BAD_ROW if bad else None)
+
+    def mse(
+        dtype: torch.dtype, target: str = "eps", loss: str = "mse", g: Tensor | None = None, cl: bool = False
+    ) -> None:
+        pred = meta(*IMAGES, dtype=dtype, channels_last=cl)
+        x0 = meta(*IMAGES, dtype=dtype, channels_last=cl)
+        rest = (x0, T, NOISING_TABLE, None, RNG, STREAM, 0.0, target, loss, 1.0)
+        if g is None:
+            ops.noise_mse(pred, *rest)
+        else:
+            ops.noise_mse_backward(g, pred, *rest)
+
+    def add(dtype: torch.dtype, act: str, cl: bool = False) -> None:
+        ops.add_bias_temb(
+            meta(*FEATURES, dtype=dtype, channels_last=cl), meta(FEATURES[1]), meta(*FEATURES[:2], dtype=dtype), act
+        )
+
+    def add_backward(dtype: torch.dtype, act: str, cl: bool = False) -> None:
+        g = meta(*FEATURES, dtype=dtype, channels_last=cl)
+        ops.add_bias_temb_backward(g, g, meta(FEATURES[1]), act, True, True, True)
+
+    for capability in (90, 80):
+        for name, dtype in DTYPES.items():
+            size = dtype.itemsize
+            x = meta(*IMAGES, dtype=dtype)
+            both = (name, capability)
+            yield Case("normal", lambda x=x: ops.normal(x, RNG, 0), *both, [], [size])
+            yield Case(
+                "q_sample",
+                lambda x=x: ops.q_sample(x, T, NOISING_TABLE, None, RNG, STREAM, 0.0, "eps", x.dtype),
+                *both,
+                [size],
+                [size, size],
+            )
+            yield Case(
+                "q_sample_backward",
+                lambda x=x: ops.q_sample_backward(x, x, T, NOISING_TABLE, "v", x.dtype, True, False),
+                *both,
+                [size, size],
+                [size],
+            )
+            # Half-width m goes 64 bits at a time beside the float32 state: see ddpm_step.py.
+            state = [4, 4] if size == 4 else [4]
+            yield Case("ddpm_step", lambda d=dtype: step(d), *both, state, [4])
+            yield Case("noise_mse", lambda d=dtype: mse(d), *both, [size], [])
+            if capability == 90:
+                yield Case("ddpm_step_no_noise", lambda d=dtype: step(d, noise=False), *both, state, [4])
+                yield Case("noise_mse_backward", lambda d=dtype: mse(d, g=meta(IMAGES[0])), *both, [size], [size])
+            for act in ("none", "silu") if capability == 90 else ("silu",):
+                yield Case(f"add_bias_temb_{act}", lambda d=dtype, a=act: add(d, a), *both, [size], [size])
+                reads = [size, size] if act == "silu" else [size]
+                yield Case(
+                    f"add_bias_temb_backward_{act}", lambda d=dtype, a=act: add_backward(d, a), *both, reads, [size]
+                )
+    # What comes once is compiled once: other formats and options.
+    small = meta(*IMAGES, dtype=torch.bfloat16)
+    byte = meta(*IMAGES, dtype=torch.uint8)
+    extra: list[tuple[str, Callable[[], object]]] = [
+        ("random_bits", lambda: ops.random_bits(meta(*IMAGES, dtype=torch.int64), RNG, 0)),
+        ("normal_channels_last", lambda: ops.normal(meta(*IMAGES, channels_last=True), RNG, 0)),
+        ("normal_odd_size", lambda: ops.normal(meta(64, 3, 7, 5), RNG, 0)),
+        ("q_sample_bytes", lambda: ops.q_sample(byte, T, NOISING_TABLE, None, RNG, STREAM, 0.0, "v", torch.bfloat16)),
+        ("ddpm_step_channels_last", lambda: step(torch.bfloat16, cl=True)),
+        (
+            "ddpm_step_copy",
+            lambda: step(torch.bfloat16, copy_out=meta(*IMAGES, dtype=torch.bfloat16, channels_last=True)),
+        ),
+        (
+            "ddpm_step_all_options",
+            lambda: step(
+                torch.bfloat16,
+                m_uncond=small,
+                guidance=meta(1),
+                x0_prev=meta(*IMAGES),
+                logvar=small,
+                threshold=meta(IMAGES[0]),
+                x0_out=meta(*IMAGES),
+                copy_out=byte,
+            ),
+        ),
+        ("noise_mse_v_huber_channels_last", lambda: mse(torch.bfloat16, "v", "huber", cl=True)),
+        ("add_bias_temb_channels_last", lambda: add(torch.bfloat16, "silu", cl=True)),
+        ("add_bias_temb_backward_channels_last", lambda: add_backward(torch.bfloat16, "silu", cl=True)),
+    ]
+    yield from (Case(name, call, "mixed", 90) for name, call in extra)
+
+
+INEXACT = (r"\.f64", r"\bfma\.", r"div\.full", r"\.approx", r"\.ftz")
+INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)")
+
+
+def disassemble(cubin: bytes) -> tuple[collections.Counter[str], int, int]:
+    """SASS instructions counted by full name, registers per thread, bytes of stack per thread."""
+    import triton
+
+    tools = Path(triton.__file__).parent / "backends/nvidia/bin"
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "kernel.cubin")
+        Path(path).write_bytes(cubin)
+        text, usage = (
+            subprocess.run([tools / command[0], command[1], path], capture_output=True, text=True, check=True).stdout
+            for command in (("nvdisasm", "-c"), ("cuobjdump", "-res-usage"))
+        )
+    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    assert found is not None, usage
+    counts = collections.Counter(INSTRUCTION.findall(text))
+    counts.pop("NOP", None)
+    return counts, int(found[1]), int(found[2])
+
+
+def inspect(case: Case, fp_fusion: bool) -> dict[str, object]:
+    """Everything that the tests assert on, for one case."""
+    from ddpm_fast.backends.triton import aot
+
+    with aot.recorded() as launches:
+        case.call()
+    assert len(launches) == 1, f"{case.name}: {len(launches)} launches"
+    launch = launches[0]
+    compiled = launch.compile(case.capability, enable_fp_fusion=fp_fusion)
+    counts, registers, stack = disassemble(compiled.asm["cubin"])
+    constants = launch.constants
+    if "BLOCK_Q" in constants:
+        elements = 4 * constants["BLOCK_N"] * constants["BLOCK_Q"]
+    elif "BLOCK_W" in constants:
+        elements = constants["BLOCK_R"] * constants["BLOCK_W"]
+    else:
+        elements = constants["BLOCK_C"] * constants["BLOCK_P"]
+    per_thread = elements // (32 * launch.options["num_warps"])
+    ptx: str = compiled.asm["ptx"]
+    facts = asdict(Case(case.name, str, case.dtype, case.capability, case.wide_loads, case.wide_stores))
+    facts.pop("call")
+    return facts | {
+        "kernel": launch.kernel.fn.__name__,
+        "elements": per_thread,
+        "instructions": sum(counts.values()) / per_thread,
+        "registers": registers,
+        "stack": stack,
+        "local": sum(n for name, n in counts.items() if name.startswith(("LDL", "STL"))),
+        "memory": {name: n for name, n in counts.items() if name.startswith(("LDG", "STG"))},
+        "ptx": {word: len(re.findall(word, ptx)) for word in INEXACT},
+    }
+
+
+def main() -> None:
+    shard, shards = int(sys.argv[1]), int(sys.argv[2])
+    fp_fusion = len(sys.argv) > 3 and sys.argv[3] == "fused"
+    print(json.dumps([inspect(case, fp_fusion) for i, case in enumerate(cases()) if i % shards == shard]))
+
+
+if __name__ == "__main__":
+    main()
