@@ -140,7 +140,7 @@ DDPM_FAST_HD float loss_grad(Loss loss, float d, float delta) {
 
 // ---- ddpm_step ----
 
-// One row of the step table; the meaning of the columns is derived in ddpm_fast/schedule.py.
+// One row of the step table; the meaning of the columns is derived in ddpm_fast/tables/steps.py.
 struct StepRow {
   float a, b, c1, c2, c3, c4, s, clip;
 };

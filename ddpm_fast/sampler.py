@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._choices import choose
-from ._graphs import Loops
-from ._inputs import (
+from .sampling.choices import choose
+from .sampling.graphs import Loops
+from .sampling.inputs import (
     Labels,
     Noise,
     given_noise,
@@ -23,13 +23,13 @@ from ._inputs import (
     start_state,
     whole,
 )
-from ._loop import Layout, Plan, Start
-from ._model import FED_DTYPES, Model, attribute, device_of, dtype_of, sample_shape
-from ._outputs import check_output, to_output
-from ._progress import Progress
-from ._run import Run, Step
-from ._timesteps import Steps
+from .sampling.loop import Layout, Plan, Start
+from .sampling.model import FED_DTYPES, Model, attribute, device_of, dtype_of, sample_shape
+from .sampling.outputs import check_output, to_output
+from .sampling.progress import Progress
+from .sampling.run import Run, Step
 from .schedule import Schedule
+from .tables.timesteps import Steps
 
 DEFAULT_CHUNK = 16
 

@@ -13,10 +13,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from . import _betas
-from ._betas import Float64
-from ._steps import StepTable, build_step_table
-from ._timesteps import Steps, timesteps_for
+from .tables import betas as formulas
+from .tables.betas import Float64
+from .tables.steps import StepTable, build_step_table
+from .tables.timesteps import Steps, timesteps_for
 
 
 class Schedule:
@@ -57,7 +57,7 @@ class Schedule:
 
     def __init__(self, betas: npt.ArrayLike | torch.Tensor, *, label: str | None = None) -> None:
         """As `Schedule.from_betas`; `label` is what repr shows."""
-        checked = _betas.checked_betas(betas)
+        checked = formulas.checked_betas(betas)
         alphas = 1.0 - checked
         cumprod = np.cumprod(alphas)
         previous = np.concatenate([[1.0], cumprod[:-1]])
@@ -96,19 +96,19 @@ class Schedule:
         scale_betas multiplies both ends by 1000 / T, as lucidrains' and OpenAI's code do, so that a schedule with
         another T destroys about as much signal; diffusers does not.
         """
-        betas = _betas.linear(T, beta_start, beta_end, scale_betas)
+        betas = formulas.linear(T, beta_start, beta_end, scale_betas)
         return cls._named("linear", betas, T, beta_start=beta_start, beta_end=beta_end, scale_betas=scale_betas)
 
     @classmethod
     def scaled_linear(cls, T: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02) -> Schedule:
         """Square roots of beta equally spaced (diffusers "scaled_linear", "quad" in the DDPM code)."""
-        betas = _betas.scaled_linear(T, beta_start, beta_end)
+        betas = formulas.scaled_linear(T, beta_start, beta_end)
         return cls._named("scaled_linear", betas, T, beta_start=beta_start, beta_end=beta_end)
 
     @classmethod
     def cosine(cls, T: int = 1000, s: float = 0.008, max_beta: float = 0.999) -> Schedule:
         """alphas_cumprod at time u = cos^2((u + s)/(1 + s) pi/2), u in [0, 1] (Nichol and Dhariwal 2021, eq. 17)."""
-        return cls._named("cosine", _betas.cosine(T, s, max_beta), T, s=s, max_beta=max_beta)
+        return cls._named("cosine", formulas.cosine(T, s, max_beta), T, s=s, max_beta=max_beta)
 
     @classmethod
     def sigmoid_alphas_cumprod(
@@ -118,19 +118,19 @@ class Schedule:
 
         alphas_cumprod at time u = (g(end) - g(start + u (end - start))) / (g(end) - g(start)), g(y) = sigmoid(y / tau).
         """
-        betas = _betas.sigmoid_alphas_cumprod(T, start, end, tau, max_beta)
+        betas = formulas.sigmoid_alphas_cumprod(T, start, end, tau, max_beta)
         return cls._named("sigmoid_alphas_cumprod", betas, T, start=start, end=end, tau=tau, max_beta=max_beta)
 
     @classmethod
     def sigmoid_betas(cls, T: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02) -> Schedule:
         """A rising sigmoid over the betas, from -6 to 6 (GeoDiff; diffusers "sigmoid"): another schedule altogether."""
-        betas = _betas.sigmoid_betas(T, beta_start, beta_end)
+        betas = formulas.sigmoid_betas(T, beta_start, beta_end)
         return cls._named("sigmoid_betas", betas, T, beta_start=beta_start, beta_end=beta_end)
 
     @classmethod
     def exponential(cls, T: int = 1000, rate: float = 12.0, max_beta: float = 0.999) -> Schedule:
         """alphas_cumprod at time u = exp(-rate u), so every beta is the same (diffusers' "exp" transform)."""
-        return cls._named("exponential", _betas.exponential(T, rate, max_beta), T, rate=rate, max_beta=max_beta)
+        return cls._named("exponential", formulas.exponential(T, rate, max_beta), T, rate=rate, max_beta=max_beta)
 
     @classmethod
     def laplace(cls, T: int = 1000, max_beta: float = 0.999) -> Schedule:
@@ -138,7 +138,7 @@ class Schedule:
 
         alphas_cumprod at time u = sqrt(r / (1 + r)), log r = -sign(1/2 - u) log(1 - 2 |1/2 - u| + 1e-6) / 2.
         """
-        return cls._named("laplace", _betas.laplace(T, max_beta), T, max_beta=max_beta)
+        return cls._named("laplace", formulas.laplace(T, max_beta), T, max_beta=max_beta)
 
     @classmethod
     def from_betas(cls, betas: npt.ArrayLike | torch.Tensor) -> Schedule:
@@ -172,7 +172,7 @@ class Schedule:
         sqrt(alphas_cumprod) is shifted so that its last value is 0 and scaled so that its first is unchanged. The
         result cannot be sampled with eps prediction; use v or x0. Needs T >= 2.
         """
-        betas = _betas.zero_terminal_snr(self.betas, self.sqrt_alphas_cumprod)
+        betas = formulas.zero_terminal_snr(self.betas, self.sqrt_alphas_cumprod)
         return Schedule(betas, label=f"{self._label}.rescale_zero_terminal_snr()")
 
     # -- what it gives --------------------------------------------------------------------------------------------

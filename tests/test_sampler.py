@@ -5,7 +5,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from sampler_models import SHAPE, Mlp, Net, textbook_loop, tutorial_loop
+from sampler_models import SHAPE, Mlp, Net, textbook_loop, threads, tutorial_loop
 
 from ddpm_fast import ops
 from ddpm_fast.sampler import Sampler
@@ -18,6 +18,12 @@ LINEAR = Schedule.linear(T)
 def drawn(n, streams, shape=SHAPE, seed=0):
     """The noise that the sampler draws: one tensor per stream."""
     return torch.stack([ops.normal(n, shape, seed=seed, stream=stream) for stream in streams])
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    with threads(1):
+        yield
 
 
 @pytest.fixture
@@ -200,6 +206,7 @@ class TestSplitting:
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     @pytest.mark.parametrize("guidance", [1.0, 3.0])
     def test_deterministic_gives_the_same_bits_for_any_split(self, dtype, guidance):
+        torch.set_num_threads(2)  # until the fixture ends: threads divide the batch among them
         net = Net(num_classes=5).to(dtype)
         sampler = Sampler(net, LINEAR, steps=6, deterministic=True, chunk=4)
         labels = torch.arange(11) % 5

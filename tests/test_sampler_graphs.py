@@ -4,24 +4,24 @@ import warnings
 
 import pytest
 import torch
-from sampler_models import SHAPE, Net
+from sampler_models import SHAPE, Net, threads
 
-from ddpm_fast import _graphs
 from ddpm_fast.sampler import Sampler
+from ddpm_fast.sampling import graphs
 from ddpm_fast.schedule import Schedule
 
 LINEAR = Schedule.linear(40)
 
 
 class Captures:
-    """Stands in for `_graphs.capture`: runs the step as a warm-up does, then hands out what replays it."""
+    """Stands in for `graphs.capture`: runs the step as a warm-up does, then hands out what replays it."""
 
     def __init__(self):
         self.loops, self.replays = [], 0
 
     def __call__(self, loop):
         self.loops.append(loop)
-        for _ in range(_graphs.WARMUP_STEPS):
+        for _ in range(graphs.WARMUP_STEPS):
             loop.row.zero_()
             loop.step()
         loop.row.zero_()
@@ -41,9 +41,15 @@ class Captures:
 @pytest.fixture
 def captures(monkeypatch):
     stand_in = Captures()
-    monkeypatch.setattr(_graphs, "supported", lambda device: True)
-    monkeypatch.setattr(_graphs, "capture", stand_in)
+    monkeypatch.setattr(graphs, "supported", lambda device: True)
+    monkeypatch.setattr(graphs, "capture", stand_in)
     return stand_in
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    with threads(1):
+        yield
 
 
 @pytest.fixture
@@ -101,7 +107,7 @@ class TestControl:
         for n in range(1, 7):
             sampler.sample(n, SHAPE, seed=0)
         assert len(captures.loops) == 6
-        assert len(sampler._loops) == _graphs.KEPT == 4
+        assert len(sampler._loops) == graphs.KEPT == 4
         sampler.sample(6, SHAPE, seed=0)
         sampler.sample(3, SHAPE, seed=0)  # the oldest that is kept, and now the newest
         sampler.sample(7, SHAPE, seed=0)  # so this drops 4
@@ -113,7 +119,7 @@ class TestControl:
             before = len(captures.loops)
             sampler.sample(3, SHAPE, seed=0, **call)
             assert len(captures.loops) == before + 1
-        assert len(sampler._loops) == _graphs.KEPT
+        assert len(sampler._loops) == graphs.KEPT
         sampler.clear_graphs()
         assert len(sampler._loops) == 0
 
@@ -169,7 +175,7 @@ class TestWithoutAGraph:
             loop.step()  # what a warm-up leaves behind must not show in the result
             raise RuntimeError("operation not permitted when stream is capturing")
 
-        monkeypatch.setattr(_graphs, "capture", fails)
+        monkeypatch.setattr(graphs, "capture", fails)
         sampler, eager = both(net)
         with pytest.warns(RuntimeWarning, match="could not be captured .* operation not permitted"):
             result = sampler.sample(2, SHAPE, seed=0)
@@ -183,7 +189,7 @@ class TestWithoutAGraph:
         def fails(loop):
             raise RuntimeError("not permitted")
 
-        monkeypatch.setattr(_graphs, "capture", fails)
+        monkeypatch.setattr(graphs, "capture", fails)
         with pytest.raises(RuntimeError, match=r"cuda_graph=True, but .* not permitted"):
             Sampler(net, LINEAR, cuda_graph=True).sample(2, SHAPE, seed=0)
 

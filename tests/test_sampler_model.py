@@ -4,11 +4,11 @@ import types
 
 import pytest
 import torch
-from sampler_models import SHAPE, Mlp, Net
+from sampler_models import SHAPE, Mlp, Net, threads
 from torch import nn
 
-from ddpm_fast import _progress
 from ddpm_fast.sampler import Sampler
+from ddpm_fast.sampling import progress as progress_module
 from ddpm_fast.schedule import Schedule
 
 LINEAR = Schedule.linear(50)
@@ -16,6 +16,12 @@ LINEAR = Schedule.linear(50)
 
 def identity(x, t):
     return x
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    with threads(1):
+        yield
 
 
 @pytest.fixture
@@ -336,13 +342,13 @@ class TestProgress:
 
     @pytest.mark.parametrize("terminal", [True, False])
     def test_by_default_only_in_a_terminal(self, net, bars, monkeypatch, terminal):
-        monkeypatch.setattr(_progress.sys, "stderr", types.SimpleNamespace(isatty=lambda: terminal))
+        monkeypatch.setattr(progress_module.sys, "stderr", types.SimpleNamespace(isatty=lambda: terminal))
         Sampler(net, LINEAR, steps=2).sample(1, SHAPE, seed=0)
         Sampler(net, LINEAR, steps=2).sample(1, SHAPE, seed=0, progress=False)
         assert len(bars) == terminal
 
     def test_a_refresh_finds_a_nan_before_the_end(self, bars, monkeypatch):
-        monkeypatch.setattr(_progress, "REFRESH_SECONDS", 0.0)
+        monkeypatch.setattr(progress_module, "REFRESH_SECONDS", 0.0)
         rows = []
         with pytest.raises(RuntimeError, match="in row 0"):
             Sampler(lambda x, t: rows.append(t) or x * float("nan"), LINEAR).sample(1, (3,), progress=True)
@@ -353,7 +359,7 @@ class TestProgress:
         monkeypatch.setitem(__import__("sys").modules, "tqdm", None)
         with pytest.raises(ImportError, match="pip install tqdm"):
             Sampler(net, LINEAR, steps=2).sample(1, SHAPE, seed=0, progress=True)
-        monkeypatch.setattr(_progress.sys, "stderr", types.SimpleNamespace(isatty=lambda: True))
+        monkeypatch.setattr(progress_module.sys, "stderr", types.SimpleNamespace(isatty=lambda: True))
         assert Sampler(net, LINEAR, steps=2).sample(1, SHAPE, seed=0).shape == (1, *SHAPE)
 
 

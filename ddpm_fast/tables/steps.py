@@ -22,11 +22,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from ._betas import Float64
-from ._timesteps import Timesteps
+from .betas import Float64
+from .timesteps import Timesteps
 
 if TYPE_CHECKING:
-    from .schedule import Schedule
+    from ..schedule import Schedule
 
 METHODS = ("ddpm", "ddim")
 PREDICTIONS = ("eps", "x0", "v")

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._graphs import Loops
-from ._inputs import check_noise
-from ._loop import Layout, Loop, Plan, Start
-from ._model import eval_mode
+from .graphs import Loops
+from .inputs import check_noise
+from .loop import Layout, Loop, Plan, Start
+from .model import eval_mode
 
 RowNoise = Callable[[int, int], Tensor]
 

@@ -6,11 +6,11 @@ import dataclasses
 import numbers
 from typing import Any
 
-from ._inputs import thresholding_of
-from ._steps import StepTable, check_choice
-from ._timesteps import Steps
-from .presets import preset
-from .schedule import Schedule
+from ..presets import preset
+from ..schedule import Schedule
+from ..tables.steps import StepTable, check_choice
+from ..tables.timesteps import Steps
+from .inputs import thresholding_of
 
 TIME_SCALES = ("index", "rescaled")
 

@@ -13,10 +13,10 @@ import math
 import torch
 from torch import Tensor
 
-from . import ops
-from ._model import Model, prediction
-from ._steps import StepTable
-from .noise import STREAM_X_T, make_rng
+from .. import ops
+from ..noise import STREAM_X_T, make_rng
+from ..tables.steps import StepTable
+from .model import Model, prediction
 
 
 @dataclasses.dataclass(frozen=True)

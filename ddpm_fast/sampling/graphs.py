@@ -13,8 +13,8 @@ from collections.abc import Callable, Hashable
 
 import torch
 
-from ._loop import Layout, Loop, Plan
-from ._model import fingerprint
+from .loop import Layout, Loop, Plan
+from .model import fingerprint
 
 WARMUP_STEPS = 3  # enough for lazy initialisation, and for cuDNN and cuBLAS to have chosen
 KEPT = 4
