@@ -1,7 +1,6 @@
 """ddpm_fast: fused kernels for denoising diffusion models - exact, fast, drop-in, installable anywhere.
 
-    sampler = ddpm_fast.Sampler(model, ddpm_fast.Schedule.linear(1000))
-    images = sampler.sample(16, (3, 32, 32), seed=0)
+`ddpm_fast.Sampler(model, ddpm_fast.Schedule.linear(1000)).sample(16, (3, 32, 32), seed=0)` draws sixteen images.
 """
 
 from ddpm_fast import ops

@@ -17,8 +17,8 @@ FLAGS = ["-std=c++17", "-O3", "--fmad=false"]
 
 
 def find_nvcc() -> str | None:
-    """nvcc from $CUDACXX, PATH or the usual folder."""
-    candidates = [os.environ.get("CUDACXX", ""), shutil.which("nvcc") or "", "/usr/local/cuda/bin/nvcc"]
+    """nvcc from $CUDACXX or PATH."""
+    candidates = [os.environ.get("CUDACXX", ""), shutil.which("nvcc") or ""]
     return next((c for c in candidates if c and Path(c).exists()), None)
 
 

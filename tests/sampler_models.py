@@ -2,10 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
 
 SHAPE = (3, 8, 8)
+
+
+@contextlib.contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Networks this small spend their time waiting for each other's threads, on a busy machine seconds of it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 class Net(nn.Module):

@@ -118,6 +118,13 @@ def test_instruction_budget(kernels):
     assert set(BUDGET) <= {k["name"] for k in kernels}
 
 
+def test_the_loss_is_summed_in_one_order_for_any_batch(kernels):
+    blocks = {
+        tuple(k["blocks"]) for k in kernels if k["kernel"] == "_noise_mse_kernel" and k["name"] != "noise_mse_backward"
+    }
+    assert len(blocks) == 1
+
+
 def test_the_check_for_fused_arithmetic_can_fail():
     """One kernel with Triton's default, fusion on: the test above has to see it."""
     (normal,) = compile_all("fused", shards=1000, only=0)

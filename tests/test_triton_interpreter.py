@@ -279,6 +279,17 @@ def inverse(permutation: list[int]) -> list[int]:
     return [permutation.index(i) for i in range(len(permutation))]
 
 
+@pytest.mark.parametrize("given", [False, True], ids=["drawn", "given"])
+def test_a_step_without_noise_keeps_the_sign_of_zeros(given):
+    table = torch.tensor([[1.0, -1.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0]])
+    for zero in (0.0, -0.0):
+        x, m = torch.full((1, 6), zero), torch.full((1, 6), -1.0 if str(zero) == "-0.0" else 1.0)
+        noise = torch.full((1, 6), float("nan")) if given else None
+        t_of_row, row = torch.tensor([0], dtype=torch.int32), torch.tensor([0])
+        backend.ddpm_step(x, m, table, t_of_row, row, RNG, noise, *[None] * 8)
+        assert_same_bits(x, torch.full((1, 6), zero))
+
+
 @pytest.mark.parametrize(("shape", "channels_last"), CASES[:-1])
 @pytest.mark.parametrize("act", ["none", "silu"])
 def test_add_bias_temb_in_many_programs(tiny_programs, shape, channels_last, act):

@@ -43,7 +43,7 @@ class Settings:
     width: int = 32
     depth: int = 3
     time_dim: int = 128
-    compare_seconds: float = 30.0
+    compare_seconds: float = 40.0
     aim_seconds: float = 200.0
     progress: bool = True
 

@@ -30,7 +30,7 @@ class Recipe:
     max_steps: int = 3000  # some 107 epochs: a fast GPU should not learn the digits by heart
     steps: int | None = None  # exactly so many steps instead, whatever time they take
     batch: int = 64
-    lr: float = 3e-3
+    lr: float = 5e-3
     warmup_steps: int = 50
     label_dropout: float = 0.1
     ema_decay: float = 0.995

@@ -19,7 +19,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 CSRC = HERE.parents[1] / "csrc"
 MODULE = "_C_shim"
-MAX_THREADS = 2**15  # of one launch; larger batches take several, as batches of 2**31 threads do on a GPU
+MAX_THREADS = 2**16  # of one launch; larger batches take several, as batches of 2**31 threads do on a GPU
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-g1"]
 
 

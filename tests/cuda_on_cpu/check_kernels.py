@@ -310,19 +310,22 @@ def test_sums_of_large_samples(last: bool, inner: int, channels: int) -> None:
 
 @pytest.mark.parametrize("last", [False, True])
 def test_batches_that_take_several_launches(last: bool) -> None:
-    """The build allows 2**15 threads a launch; these batches need up to 2**17."""
-    data = Data((50, 36, 84), last, 0)
-    table, t = data.noising_table(), data.fixed(np.arange(50) % STEPS, np.int64)
-    per_sample = [data.output(count=50 * 36, tolerance=1e-5) for _ in range(2)]
-    bias, temb = data.array(count=36), data.array(count=50 * 36)
+    """The build allows 2**16 threads a launch; each of these batches needs more."""
+    data = Data((100, 36, 84), last, 0)
+    table, t = data.noising_table(), data.fixed(np.arange(data.n) % STEPS, np.int64)
     both("normal", *data.shape, data.output(), 0, data.rng(), 5)
-    both("random_bits", 50, 36 * 84, Buffer(data.size, np.int64), data.rng(), 5)
+    both("random_bits", data.n, 36 * 84, Buffer(data.size, np.int64), data.rng(), 5)
     both("q_sample", *data.shape, data.array(), 0, t, table, STEPS, 0, data.rng(), 5, 0.0, 9, 0, data.output(), 0, 0)
+    bias, temb = data.array(count=36), data.array(count=data.n * 36)
     both("add_bias_temb", *data.shape, data.array(), 0, bias, 0, temb, 0, False, data.output())
-    both("add_bias_temb_backward", *data.shape, data.array(), 0, 0, 0, 0, 0, False, data.output(), *per_sample)
-    loss = [data.array(), 0, 0, 0, 0, 0, 0, 0, data.rng(), 5, 0.0, 9, 1, 0, 1.0]
-    both("noise_mse", *data.shape, *loss, data.output(count=50, tolerance=1e-6), 0, 0)
-    both("noise_mse_backward", *data.shape, *loss, data.array(count=50), data.output())
+
+    data = Data((150 if last else 600, 36, 4), last, 0)
+    sums = [data.output(count=data.n * 36, tolerance=1e-5) for _ in range(2)]
+    both("add_bias_temb_backward", *data.shape, data.array(), 0, 0, 0, 0, 0, False, data.output(), *sums)
+
+    data = Data((2100, 3, 4), last, 0)
+    arguments = [data.array(), 0, 0, 0, 0, 0, 0, 0, data.rng(), 5, 0.0, 9, 1, 0, 1.0]
+    both("noise_mse", *data.shape, *arguments, data.output(count=data.n, tolerance=1e-6), 0, 0)
 
 
 def test_the_sum_of_an_infinite_gradient_is_infinite() -> None:

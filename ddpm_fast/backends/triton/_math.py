@@ -180,11 +180,11 @@ def loss_grad(LOSS: tl.constexpr, d, delta):
 
 @triton.jit
 def sum_over_columns(x):
-    """The sums of the rows of x [R, W], with about one rounding in all; infinities and NaN as in any sum.
+    """The sums [R, 1] of the rows of x [R, W]; infinities and NaN as in any sum.
 
-    Every value is split on a grid so coarse that the multiples of it add up exactly in any order (Demmel & Nguyen
-    2013); what is left is 2^-21 W of the largest value, so that its rounding errors do not matter. Neighbours in one
-    thread are added first.
+    Four neighbours, which lie in one thread, are added first. Their sums are split on a grid so coarse that multiples
+    of it add up exactly in any order (Demmel & Nguyen 2013); what is left is at most 2^-23 W of the largest, so that
+    its rounding errors do not matter. So the error does not grow with W.
     """
     lanes = tl.sum(tl.reshape(x, [x.shape[0], x.shape[1] // 4, 4]), axis=2) if x.shape[1] >= 4 else x
     grid = tl.max(tl.abs(lanes), axis=1)[:, None] * (4.0 * lanes.shape[1])

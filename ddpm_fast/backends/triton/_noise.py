@@ -83,7 +83,7 @@ def interleaved(v0, v1, v2, v3):
 
 @triton.jit
 def bits_of_quads(rng_ptr, stream, row, quad):
-    """The uint32 [N, 4 Q] of samples rng[1] + row [N, 1] and quads [1, Q]."""
+    """Four uint32 [N, Q], those of the quads [1, Q] of the samples rng[1] + row [N, 1]."""
     seed = tl.load(rng_ptr)
     sample = tl.load(rng_ptr + 1) + row
     low = (sample & 0xFFFFFFFF).to(tl.uint32)
@@ -94,7 +94,7 @@ def bits_of_quads(rng_ptr, stream, row, quad):
 
 @triton.jit
 def normal_of_quads(rng_ptr, stream, row, quad):
-    """The normals, float32 [N, 4 Q], of samples rng[1] + row [N, 1] and quads [1, Q]."""
+    """The normals, float32 [N, 4 Q], of the quads [1, Q] of the samples rng[1] + row [N, 1]."""
     r0, r1, r2, r3 = bits_of_quads(rng_ptr, stream, row, quad)
     z0, z1 = box_muller(r0, r1)
     z2, z3 = box_muller(r2, r3)

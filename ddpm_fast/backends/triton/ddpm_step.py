@@ -66,10 +66,15 @@ def _ddpm_step_kernel(
     place = start + _tile.place(element, channel, pixel, channels, CHANNELS_LAST)
 
     x = tl.load(x_ptr + place, mask=mask, other=0.0)
-    m = _math.load_image(m_ptr + tl.max_contiguous(place, [1, 4]), mask)
+    # The compiler would give 8 elements of half-width m to a thread and 4 of float32 x, and exchange m through shared
+    # memory. Told of runs of 4 only, it loads m 64 bits at a time, with no exchange.
+    m_place = place
+    if not CHANNELS_LAST:
+        m_place = tl.max_contiguous(place, [1, 4])
+    m = _math.load_image(m_ptr + m_place, mask)
     a, b, c1, c2, c3, c4, s, bound, row, known = table_row(table_ptr, row_ptr, steps)
     if m_uncond_ptr is not None:
-        m_uncond = _math.load_image(m_uncond_ptr + place, mask)
+        m_uncond = _math.load_image(m_uncond_ptr + m_place, mask)
         m = m_uncond + tl.load(guidance_ptr) * (m - m_uncond)
 
     x0 = a * x - b * m
@@ -90,17 +95,18 @@ def _ddpm_step_kernel(
         noisy = known & (s != 0.0)
         # The comparison changes nothing but the type that the interpreter of Triton 3.9 gives to a scalar bool.
         noisy_mask = (mask & noisy) != 0
+        # From its bits, for tl.full makes +0 of -0.
+        z = tl.full([BLOCK_N, 4 * BLOCK_Q], -(2**31), tl.int32).to(tl.float32, bitcast=True)
         if noise_ptr is not None:
-            z = tl.load(noise_ptr + place, mask=noisy_mask, other=-0.0)
+            z = tl.load(noise_ptr + place, mask=noisy_mask, other=z)
         else:
-            z = tl.full([BLOCK_N, 4 * BLOCK_Q], -0.0, tl.float32)
             if noisy:
                 stream = tl.load(t_of_row_ptr + row) + 1
                 quad = _tile.quads_of_program(channels, inner, BLOCK_Q, PIXELS)
                 z = _noise.normal_of_quads(rng_ptr, stream, sample, quad)
         sigma = tl.where(noisy, s, 0.0)
         if logvar_ptr is not None:
-            sigma = _math.exp_f32(0.5 * _math.load_image(logvar_ptr + place, noisy_mask))
+            sigma = _math.exp_f32(0.5 * _math.load_image(logvar_ptr + m_place, noisy_mask))
         y = y + sigma * z
 
     tl.store(x_ptr + place, y, mask=mask)

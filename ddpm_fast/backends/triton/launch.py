@@ -15,9 +15,12 @@ INTERPRETED: bool = triton.knobs.runtime.interpret
 """Whether the kernels run in Triton's interpreter (on CPU tensors): decided when they are decorated, for the whole
 process."""
 
+NUM_WARPS = 4
+"""Of 32 threads, in every program: the sizes below say what a thread gets."""
+
 QUADS_FEW, QUADS_MANY, MANY = 128, 512, 1 << 17
-"""Quads of four elements per program on a GPU, for fewer and for at least MANY quads in all. A program has 4 warps of
-32 threads and each access of a thread is one quad of float32 (128 bits) or two of a half-width type.
+"""Quads of four elements per program on a GPU, for fewer and for at least MANY quads in all. Each access of a
+thread is one quad of float32 (128 bits) or two of a half-width type.
 
 With 512 a thread has 16 elements: what it does once (coefficients, key, addresses) is a tenth of its instructions
 instead of a third, and four independent accesses to each array hide the memory's latency. With 128 it has 4, so that
@@ -55,9 +58,9 @@ def call_kernel(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], optio
 _call: Callable[..., None] = call_kernel
 
 
-def launch(kernel: Any, grid: tuple[int, ...], on: Tensor, *args: Any, num_warps: int = 4, **constants: Any) -> None:
+def launch(kernel: Any, grid: tuple[int, ...], on: Tensor, *args: Any, **constants: Any) -> None:
     """Launch ``kernel`` on the device of ``on``. Fusing a * b + c is always off: the bits are part of the contract."""
-    options = {"num_warps": num_warps, "enable_fp_fusion": False, **constants}
+    options = {"num_warps": NUM_WARPS, "enable_fp_fusion": False, **constants}
     if on.is_cuda and on.device.index != torch.cuda.current_device():
         with torch.cuda.device(on.device):
             _call(kernel, grid, args, options)
