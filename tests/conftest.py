@@ -54,7 +54,9 @@ def _use_shim(monkeypatch: pytest.MonkeyPatch) -> None:
         spec = importlib.util.spec_from_file_location("_C_shim", SHIM)
         assert spec is not None
         assert spec.loader is not None
-        sys.modules["_C_shim"] = importlib.util.module_from_spec(spec)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        sys.modules["_C_shim"] = module
     monkeypatch.setattr(native, "_C", sys.modules["_C_shim"])
     monkeypatch.setattr(native, "_target", lambda x: (0, 0))
 

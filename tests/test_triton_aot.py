@@ -27,13 +27,13 @@ PROCESSES = 2
 BUDGET = {
     "normal": 62,  # 56, 59
     "q_sample": 70,  # 63, 67
-    "q_sample_backward": 14,  # 10, 11
+    "q_sample_backward": 14,  # 10, 12
     "ddpm_step": 86,  # 80, 81
-    "ddpm_step_no_noise": 26,  # 23, 23
+    "ddpm_step_no_noise": 26,  # 23, 24
     "noise_mse": 80,  # 72, 74
-    "noise_mse_backward": 82,  # 74, 77
-    "add_bias_temb_none": 15,  # 11, 13
-    "add_bias_temb_silu": 82,  # 76, 78
+    "noise_mse_backward": 79,  # 69, 73
+    "add_bias_temb_none": 15,  # 12, 13
+    "add_bias_temb_silu": 82,  # 77, 78
     "add_bias_temb_backward_none": 26,  # 22, 22
     "add_bias_temb_backward_silu": 130,  # 120, 122: two divisions
     "random_bits": 22,  # 19

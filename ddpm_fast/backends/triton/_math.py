@@ -1,5 +1,5 @@
 """The scalar formulas of csrc/ddpm_math.h in Triton: the same operations in the same order, so the same bits in
-float32.
+float32. (SiLU leaves out some operations of exp that cannot change its result.)
 
 What the interpreter does not show but compiled code would do: ``/`` is an approximate division there, ``tl.sqrt`` and
 ``tl.exp`` are approximate, ``tl.clamp`` drops NaN and a multiplication followed by an addition is fused. Hence
