@@ -55,30 +55,40 @@ DDPM_FAST_HD float exp_f32(float x) {
   return scale_pow2(e.p, e.n);
 }
 
+// exp(a) = p low rest for a = -|v|, limited to -126: low and rest are powers of two, low >= 2^-126, and rest is 1
+// unless exp(a) is subnormal. Half the work of exp_f32 for the same bits.
+struct ExpOfMinusAbs {
+  float a, p, low, rest;
+};
+DDPM_FAST_HD ExpOfMinusAbs exp_of_minus_abs(float v) {
+  const float minus = -fabsf(v);
+  const float a = minus < -126.0f ? -126.0f : minus;
+  const ExpParts e = exp_parts(a);
+  const int32_t low = e.n > -126 ? e.n : -126;
+  return {a, e.p, pow2(low), pow2(e.n - low)};
+}
+
 // SiLU(v) = v / (1 + exp(-v)) = v exp(v) / (1 + exp(v)). exp is only taken of -|v|, and its power of two is applied
-// last, so nothing overflows and the result is within 3 ulp down to the smallest subnormal. SiLU(-inf) = -0.
+// last, so nothing overflows and the result is within 3 ulp down to the smallest subnormal. In the denominator low does
+// for 2^n, because below it the sum is 1. SiLU(-inf) = -0.
 DDPM_FAST_HD float silu(float v) {
-  const float w = v < -126.0f ? -126.0f : v;
-  const float x = -fabsf(w);
-  const ExpParts e = exp_parts(x < -126.0f ? -126.0f : x);
-  const int32_t half = e.n >> 1;
-  const float low = pow2(half), high = pow2(e.n - half);  // 2^n = low * high, as in scale_pow2
-  const bool negative = w < 0.0f;
-  const float ratio = (negative ? w * e.p : w) / (1.0f + e.p * low * high);
-  return ratio * (negative ? low : 1.0f) * (negative ? high : 1.0f);
+  const ExpOfMinusAbs e = exp_of_minus_abs(v);
+  const bool negative = v < 0.0f;
+  const float ratio = (negative ? e.a * e.p : v) / (1.0f + e.p * e.low);
+  return negative ? ratio * e.rest * e.low : ratio;
 }
 
 // SiLU'(v) = s (1 + v (1 - s)) with s = 1 / (1 + exp(-v)).
 DDPM_FAST_HD float silu_grad(float v) {
-  const float w = v < -126.0f ? -126.0f : v;
-  const bool negative = w < 0.0f;
-  const float e = exp_f32(negative ? w : -w);
+  const ExpOfMinusAbs parts = exp_of_minus_abs(v);
+  const bool negative = v < 0.0f;
+  const float e = parts.p * parts.rest * parts.low;
   const float denominator = 1.0f + e;
   const float big = 1.0f / denominator;
   const float small = e / denominator;
   const float s = negative ? small : big;
   const float one_minus_s = negative ? big : small;
-  return s * (1.0f + w * one_minus_s);
+  return s * (1.0f + (negative ? parts.a : v) * one_minus_s);
 }
 
 // ---- images ----
