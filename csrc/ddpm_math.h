@@ -8,6 +8,8 @@
 
 namespace ddpm_fast {
 
+DDPM_FAST_HD float not_a_number() { return bits_as<float>(0x7FC00000u); }
+
 // clip that keeps NaN, as torch.clamp does; fminf/fmaxf would drop it.
 DDPM_FAST_HD float clip(float x, float lo, float hi) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
@@ -111,6 +113,12 @@ enum class Target : int32_t { none = 0, eps = 1, x0 = 2, v = 3 };
 struct NoisingRow {
   float signal, noise;
 };
+
+// Row t of the table. t outside: nothing is read, and NaN follows for that sample.
+DDPM_FAST_HD NoisingRow noising_row(const float* table, int64_t steps, int64_t t) {
+  if (t < 0 || t >= steps) return {not_a_number(), not_a_number()};
+  return {table[2 * t], table[2 * t + 1]};
+}
 
 DDPM_FAST_HD float q_sample_value(NoisingRow row, float x0, float eps) { return row.signal * x0 + row.noise * eps; }
 

@@ -9,8 +9,6 @@
 namespace ddpm_fast {
 namespace {
 
-constexpr int kLanes = 8;
-
 // A missing bias or temb is -0: the one number whose addition changes no float, zeros of either sign included.
 constexpr float kNothing = -0.0f;
 
@@ -56,21 +54,6 @@ DDPM_FAST_CLONES void accumulate(const float* a, double* sums, int64_t count) {
   for (int64_t i = 0; i < count; ++i)
     sums[i] += static_cast<double>(a[i]);
 }
-DDPM_FAST_CLONES double sum_of(const float* a, int64_t count) {
-  double lanes[kLanes] = {};
-  const int64_t whole = count - count % kLanes;
-  for (int64_t i = 0; i < whole; i += kLanes) {
-    for (int k = 0; k < kLanes; ++k)
-      lanes[k] += static_cast<double>(a[i + k]);
-  }
-  for (int64_t i = whole; i < count; ++i)
-    lanes[i - whole] += static_cast<double>(a[i]);
-  double sum = 0.0;
-  for (int k = 0; k < kLanes; ++k)
-    sum += lanes[k];
-  return sum;
-}
-
 // Calls body(at, length, offset in the tile, row) for the pieces of rows of `length` elements in a tile from `first`
 // on.
 template <typename Body>

@@ -2,7 +2,6 @@
 //
 //   m' = m_u + w (m - m_u)        x0 = clip(a x - b m')        x <- c1 x0 + c2 x + c3 m' [+ c4 x0_prev] [+ s z]
 #include <atomic>
-#include <limits>
 
 #include "tile.h"
 
@@ -10,7 +9,7 @@ namespace ddpm_fast {
 namespace {
 
 StepRow step_row(const float* table, int64_t steps, int64_t row) {
-  constexpr float nan = std::numeric_limits<float>::quiet_NaN();
+  const float nan = not_a_number();
   if (row < 0 || row >= steps) return {nan, nan, nan, nan, nan, nan, 0.0f, nan};
   const float* r = table + 8 * row;
   return {r[0], r[1], r[2], r[3], r[4], r[5], r[6], r[7]};

@@ -5,15 +5,12 @@
 //
 // The sum of a tile is taken in float64 over eight lanes, those of the tiles in order, so it does not depend on
 // threads.
-#include <limits>
 #include <vector>
 
 #include "tile.h"
 
 namespace ddpm_fast {
 namespace {
-
-constexpr int kLanes = 8;
 
 DDPM_FAST_CLONES void subtract(const float* a, const float* b, float* out, int64_t count) {
   for (int64_t i = 0; i < count; ++i)
@@ -25,19 +22,9 @@ DDPM_FAST_CLONES void velocity(NoisingRow row, const float* x0, const float* eps
     out[i] = target_value(Target::v, row, x0[i], eps[i]);
 }
 
-DDPM_FAST_CLONES double sum_of_losses(Loss loss, float delta, const float* d, int64_t count) {
-  double lanes[kLanes] = {};
-  const int64_t whole = count - count % kLanes;
-  for (int64_t i = 0; i < whole; i += kLanes) {
-    for (int k = 0; k < kLanes; ++k)
-      lanes[k] += static_cast<double>(loss_value(loss, d[i + k], delta));
-  }
-  for (int64_t i = whole; i < count; ++i)
-    lanes[i - whole] += static_cast<double>(loss_value(loss, d[i], delta));
-  double sum = 0.0;
-  for (int k = 0; k < kLanes; ++k)
-    sum += lanes[k];
-  return sum;
+DDPM_FAST_CLONES void losses(Loss loss, float delta, const float* d, float* out, int64_t count) {
+  for (int64_t i = 0; i < count; ++i)
+    out[i] = loss_value(loss, d[i], delta);
 }
 
 DDPM_FAST_CLONES void scaled_grads(Loss loss, float delta, float scale, const float* d, float* out, int64_t count) {
@@ -53,10 +40,7 @@ const float* difference(const NoiseMseArgs& args, const Run& run, Tile& a, Tile&
   } else {
     target = load_noise(args.noise, args.shape, run, b);
     if (args.target == Target::v) {
-      constexpr float nan = std::numeric_limits<float>::quiet_NaN();
-      const int64_t t = args.t[run.n];
-      const bool inside = t >= 0 && t < args.steps;
-      const NoisingRow row = inside ? NoisingRow{args.table[2 * t], args.table[2 * t + 1]} : NoisingRow{nan, nan};
+      const NoisingRow row = noising_row(args.table, args.steps, args.t[run.n]);
       velocity(row, load(args.x0, args.shape, run, a), target, c.v, run.count);
       target = c.v;
     }
@@ -75,8 +59,8 @@ Status noise_mse_cpu(const NoiseMseArgs& args, int threads) {
   for_each_tile(args.shape, threads, [&](const Run& run) {
     Tile a, b, c;
     const float* d = difference(args, run, a, b, c);
-    sums[static_cast<size_t>(run.n * tiles + run.first / kTile)] =
-        sum_of_losses(args.loss, args.huber_delta, d, run.count);
+    losses(args.loss, args.huber_delta, d, a.v, run.count);
+    sums[static_cast<size_t>(run.n * tiles + run.first / kTile)] = sum_of(a.v, run.count);
   });
   for (int64_t n = 0; n < args.shape.n; ++n) {
     double sum = 0.0;

@@ -1,16 +1,8 @@
 // q_sample: x_t = sqrt(ab_t) x0 + sqrt(1 - ab_t) eps (DDPM eq. 4), with the training target in the same pass.
-#include <limits>
-
 #include "tile.h"
 
 namespace ddpm_fast {
 namespace {
-
-NoisingRow noising_row(const float* table, int64_t steps, int64_t t) {
-  constexpr float nan = std::numeric_limits<float>::quiet_NaN();
-  if (t < 0 || t >= steps) return {nan, nan};
-  return {table[2 * t], table[2 * t + 1]};
-}
 
 DDPM_FAST_CLONES void noised(NoisingRow row, const float* x0, const float* eps, float* x_t, int64_t count) {
   for (int64_t i = 0; i < count; ++i)

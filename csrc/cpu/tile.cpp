@@ -159,6 +159,22 @@ void store(const Array& array, const Shape& shape, const Run& run, const float* 
   });
 }
 
+DDPM_FAST_CLONES double sum_of(const float* a, int64_t count) {
+  constexpr int kLanes = 8;
+  double lanes[kLanes] = {};
+  const int64_t whole = count - count % kLanes;
+  for (int64_t i = 0; i < whole; i += kLanes) {
+    for (int k = 0; k < kLanes; ++k)
+      lanes[k] += static_cast<double>(a[i + k]);
+  }
+  for (int64_t i = whole; i < count; ++i)
+    lanes[i - whole] += static_cast<double>(a[i]);
+  double sum = 0.0;
+  for (int k = 0; k < kLanes; ++k)
+    sum += lanes[k];
+  return sum;
+}
+
 void normal_tile(uint64_t seed, uint64_t sample, uint32_t stream, int64_t first, int64_t count, float* z) {
   const uint32_t first_quad = static_cast<uint32_t>(first / 4);
   const int64_t whole = count / 4;

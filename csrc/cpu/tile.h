@@ -35,6 +35,9 @@ const float* load_noise(const Noise& noise, const Shape& shape, const Run& run, 
 // count normals of one sample from element `first` (a multiple of 4) on.
 void normal_tile(uint64_t seed, uint64_t sample, uint32_t stream, int64_t first, int64_t count, float* z);
 
+// The sum of a run in float64, over eight lanes: as exact as needed, and vectorised.
+double sum_of(const float* a, int64_t count);
+
 // Few elements are done sooner than a second thread wakes up.
 inline int useful_threads(int64_t elements, int threads) { return elements < 16 * kTile ? 1 : threads; }
 

@@ -6,8 +6,6 @@
 
 namespace ddpm_fast {
 
-__device__ inline float not_a_number() { return bits_as<float>(0x7FC00000u); }
-
 __device__ inline uint64_t seed_of(const Noise& noise) { return static_cast<uint64_t>(noise.rng[0]); }
 __device__ inline uint64_t sample_of(const Noise& noise, int64_t row) {
   return static_cast<uint64_t>(noise.rng[1]) + static_cast<uint64_t>(row);
@@ -43,12 +41,6 @@ __device__ inline Quad noise_quad(const Noise& noise, uint32_t stream, const Pla
     if (noise.offset_strength != 0.0f) add_offset_noise(noise, at, z);
   }
   return z;
-}
-
-// t outside the table: nothing is read, and NaN follows for that sample.
-__device__ inline NoisingRow noising_row(const float* table, int64_t steps, int64_t t) {
-  if (t < 0 || t >= steps) return {not_a_number(), not_a_number()};
-  return {table[2 * t], table[2 * t + 1]};
 }
 
 // Whether Run serves: no channel matters and every sample begins at a multiple of 4 elements.

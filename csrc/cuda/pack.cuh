@@ -76,7 +76,7 @@ __device__ inline void store_pack(T* at, const Floats<N>& values) {
   }
 }
 
-// ---- the quad of a thread ---------------------------------------------------------------------------------
+// ---- the quad of a thread ----
 
 template <typename T>
 __device__ inline Quad load_quad(const T* data, const Run& at) {
@@ -105,7 +105,7 @@ __device__ inline void store_quad(T* data, const Scattered& at, const Quad& valu
   }
 }
 
-// ---- arrays whose dtype is known at run time only ---------------------------------------------------------
+// ---- arrays whose dtype is known at run time only ----
 
 struct AnyFloat {};  // in place of a type: the array's dtype, a float
 struct AnyImage {};  // and that, or uint8
@@ -153,7 +153,7 @@ __device__ inline void store_image(const Array& array, const Place& at, const Qu
   with_data<T>(array, [&](auto* data) { store_quad(data, at, values); });
 }
 
-// ---- host side: may the array be read in packs? -----------------------------------------------------------
+// ---- host side: may the array be read in packs? ----
 
 inline int size_of(DType dtype) { return dtype == DType::f32 ? 4 : dtype == DType::u8 ? 1 : 2; }
 
