@@ -6,8 +6,8 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 DEMO_OUT ?= demo
 TEST_WORKERS ?= 2
 
-# Two workers share the cores with the threads of torch: those must sleep while they wait, not spin.
-test: export OMP_WAIT_POLICY ?= PASSIVE
+# Other processes want the cores too (two test workers, a shared machine): threads must sleep while they wait, not spin.
+demo test: export OMP_WAIT_POLICY ?= PASSIVE
 
 .PHONY: demo test bench lint format clean
 
