@@ -87,7 +87,7 @@ DDPM_FAST_HD float silu_grad(float v) {
   const float e = parts.p * parts.rest * parts.low;
   const float denominator = 1.0f + e;
   const float big = 1.0f / denominator;
-  const float small = e / denominator;
+  const float small = e * big;
   const float s = negative ? small : big;
   const float one_minus_s = negative ? big : small;
   return s * (1.0f + (negative ? parts.a : v) * one_minus_s);

@@ -160,7 +160,7 @@ void store(const Array& array, const Shape& shape, const Run& run, const float* 
 }
 
 DDPM_FAST_CLONES double sum_of(const float* a, int64_t count) {
-  constexpr int kLanes = 8;
+  constexpr int kLanes = 32;
   double lanes[kLanes] = {};
   const int64_t whole = count - count % kLanes;
   for (int64_t i = 0; i < whole; i += kLanes) {

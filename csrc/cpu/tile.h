@@ -35,7 +35,7 @@ const float* load_noise(const Noise& noise, const Shape& shape, const Run& run, 
 // count normals of one sample from element `first` (a multiple of 4) on.
 void normal_tile(uint64_t seed, uint64_t sample, uint32_t stream, int64_t first, int64_t count, float* z);
 
-// The sum of a run in float64, over eight lanes: as exact as needed, and vectorised.
+// The sum of a run in float64, over lanes that vectorise and do not wait for each other.
 double sum_of(const float* a, int64_t count);
 
 // Few elements are done sooner than a second thread wakes up.

@@ -131,7 +131,8 @@ def silu_grad(v: Tensor) -> Tensor:
     w = torch.where(v < -126.0, torch.tensor(-126.0, dtype=v.dtype), v)
     negative = w < 0
     e = exp(torch.where(negative, w, -w))
-    big, small = 1.0 / (1.0 + e), e / (1.0 + e)
+    big = 1.0 / (1.0 + e)
+    small = e * big
     s, one_minus_s = torch.where(negative, small, big), torch.where(negative, big, small)
     return s * (1.0 + w * one_minus_s)
 

@@ -86,7 +86,7 @@ def silu_grad(v):
     e = p * rest * low
     denominator = 1.0 + e
     big = tl.div_rn(tl.full(e.shape, 1.0, tl.float32), denominator)
-    small = tl.div_rn(e, denominator)
+    small = e * big
     s = tl.where(negative, small, big)
     one_minus_s = tl.where(negative, big, small)
     return s * (1.0 + tl.where(negative, a, v) * one_minus_s)
