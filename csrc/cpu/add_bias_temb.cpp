@@ -72,6 +72,24 @@ constexpr int64_t kShortRow = 128;
 
 int64_t row_length(const Shape& shape) { return shape.channels_last ? shape.channels : shape.inner; }
 
+// values[c] over and over, so that a tile of a channels_last tensor finds those of its elements at one address.
+class Repeated {
+ public:
+  Repeated() = default;
+  Repeated(const float* values, int64_t channels, bool wanted) : channels_(channels) {
+    if (!wanted) return;
+    all_.resize(static_cast<size_t>(kTile + channels));
+    for (int64_t i = 0; i < kTile + channels; i += channels) {
+      std::copy_n(values, std::min(channels, kTile + channels - i), all_.begin() + i);
+    }
+  }
+  const float* from(int64_t first) const { return all_.data() + first % channels_; }
+
+ private:
+  int64_t channels_ = 1;
+  std::vector<float> all_;
+};
+
 // values[c] of the channel of each element of a run.
 const float* per_element(const Shape& shape, const float* values, const Run& run, Tile& scratch) {
   for_each_row_piece(row_length(shape), run.first, run.count, [&](int64_t row, int64_t at, int64_t i, int64_t count) {
@@ -103,31 +121,43 @@ Status add_bias_temb_cpu(const AddBiasTembArgs& args, int threads) {
   const Shape& shape = args.shape;
   const std::vector<float> bias = as_floats(args.bias, shape.channels);
   const std::vector<float> temb = as_floats(args.temb, shape.n * shape.channels);
-  for_each_tile(shape, threads, [&](const Run& run) {
-    Tile a, b;
-    const Run place{0, run.n * shape.elements() + run.first, run.count};
-    const float* h = load(args.h, flat(0), place, a);
-    const float* t = temb.data() + run.n * shape.channels;
-    float* y = begin_store(args.y, flat(0), place, b);
-    if (row_length(shape) < kShortRow) {
-      Tile c, d;
-      const float* bias_of = per_element(shape, bias.data(), run, c);
-      const float* temb_of = per_element(shape, t, run, d);
-      args.silu ? silu_row(h, bias_of, temb_of, y, run.count) : add_row(h, bias_of, temb_of, y, run.count);
-    } else {
-      for_each_row_piece(
-          row_length(shape), run.first, run.count, [&](int64_t row, int64_t at, int64_t i, int64_t count) {
-            if (shape.channels_last) {
-              const float* b_c = bias.data() + at;
-              args.silu ? silu_row(h + i, b_c, t + at, y + i, count) : add_row(h + i, b_c, t + at, y + i, count);
-            } else {
-              const float b_c = bias[static_cast<size_t>(row)];
-              args.silu ? silu_row(h + i, b_c, t[row], y + i, count) : add_row(h + i, b_c, t[row], y + i, count);
+  const bool short_rows = row_length(shape) < kShortRow;
+  const Repeated bias_rows(bias.data(), shape.channels, short_rows && shape.channels_last);
+  const int64_t tiles = (shape.elements() + kTile - 1) / kTile;
+  parallel_for(shape.n * tiles, useful_threads(shape.n * shape.elements(), threads), [&](int64_t begin, int64_t end) {
+    Repeated temb_rows;
+    int64_t sample = -1;  // whose temb_rows these are
+    for (int64_t i = begin; i < end; ++i) {
+      Tile a, b, c, d;
+      const int64_t n = i / tiles, first = i % tiles * kTile;
+      const Run place{0, n * shape.elements() + first, std::min(kTile, shape.elements() - first)};
+      const float* h = load(args.h, flat(0), place, a);
+      const float* t = temb.data() + n * shape.channels;
+      float* y = begin_store(args.y, flat(0), place, b);
+      if (short_rows) {
+        const Run run{n, first, place.count};
+        if (shape.channels_last && sample != n) {
+          temb_rows = Repeated(t, shape.channels, true);
+          sample = n;
+        }
+        const float* bias_of = shape.channels_last ? bias_rows.from(first) : per_element(shape, bias.data(), run, c);
+        const float* temb_of = shape.channels_last ? temb_rows.from(first) : per_element(shape, t, run, d);
+        args.silu ? silu_row(h, bias_of, temb_of, y, run.count) : add_row(h, bias_of, temb_of, y, run.count);
+      } else {
+        for_each_row_piece(
+            row_length(shape), first, place.count, [&](int64_t row, int64_t at, int64_t k, int64_t count) {
+              if (shape.channels_last) {
+                const float* b_c = bias.data() + at;
+                args.silu ? silu_row(h + k, b_c, t + at, y + k, count) : add_row(h + k, b_c, t + at, y + k, count);
+              } else {
+                const float b_c = bias[static_cast<size_t>(row)];
+                args.silu ? silu_row(h + k, b_c, t[row], y + k, count) : add_row(h + k, b_c, t[row], y + k, count);
+              }
             }
-          }
-      );
+        );
+      }
+      store(args.y, flat(0), place, y);
     }
-    store(args.y, flat(0), place, y);
   });
   return {};
 }
@@ -138,6 +168,7 @@ Status add_bias_temb_backward_cpu(const AddBiasTembBackwardArgs& args, int threa
   const std::vector<float> bias = as_floats(args.bias, shape.channels);
   const int64_t elements = shape.elements();
   const size_t channels = static_cast<size_t>(shape.channels);
+  const Repeated bias_rows(bias.data(), shape.channels, args.silu && shape.channels_last);
   parallel_for(shape.n, useful_threads(shape.n * elements, threads), [&](int64_t begin, int64_t end) {
     for (int64_t n = begin; n < end; ++n) {
       std::vector<double> g_sum(channels, 0.0), gh_sum(channels, 0.0);
@@ -152,7 +183,9 @@ Status add_bias_temb_backward_cpu(const AddBiasTembBackwardArgs& args, int threa
           const float* h = load(args.h, flat(0), run, b);
           float* out = args.g_h ? begin_store(args.g_h, flat(0), run, c) : c.v;
           Tile d;
-          silu_grad_row(g, h, per_element(shape, bias.data(), Run{n, first, run.count}, d), out, run.count);
+          const float* bias_of = shape.channels_last ? bias_rows.from(first)
+                                                     : per_element(shape, bias.data(), Run{n, first, run.count}, d);
+          silu_grad_row(g, h, bias_of, out, run.count);
           gh = out;
         }
         if (args.gh_sum != nullptr) sum_per_channel(shape, first, gh, gh_sum.data(), run.count);

@@ -38,8 +38,9 @@ void normal_tile(uint64_t seed, uint64_t sample, uint32_t stream, int64_t first,
 // The sum of a run in float64, over lanes that vectorise and do not wait for each other.
 double sum_of(const float* a, int64_t count);
 
-// Few elements are done sooner than a second thread wakes up.
-inline int useful_threads(int64_t elements, int threads) { return elements < 16 * kTile ? 1 : threads; }
+// Few elements are done sooner than a second thread wakes up, the more so where another library's idle threads spin.
+constexpr int64_t kWorthAThread = 128 * kTile;
+inline int useful_threads(int64_t elements, int threads) { return elements < kWorthAThread ? 1 : threads; }
 
 // Calls body(run) for all tiles of all samples, in parallel. Which thread gets which tile does not matter to any op.
 template <typename Body>
