@@ -110,13 +110,14 @@ def _leaf(x: Tensor) -> Tensor:
 
 
 def _fast_add_backward(i: Inputs) -> object:
-    h = _leaf(i.x)
-    return torch.autograd.grad(ops.add_bias_temb(h, i.bias, i.temb, act="silu"), h, i.y)
+    h, bias, temb = _leaf(i.x), _leaf(i.bias), _leaf(i.temb)
+    return torch.autograd.grad(ops.add_bias_temb(h, bias, temb, act="silu"), (h, bias, temb), i.y)
 
 
 def _eager_add_backward(i: Inputs) -> object:
-    h = _leaf(i.x)
-    return torch.autograd.grad(_eager_add(i, h), h, i.y)
+    h, bias, temb = _leaf(i.x), _leaf(i.bias), _leaf(i.temb)
+    y = F.silu(h + bias[None, :, None, None]) + temb[:, :, None, None]
+    return torch.autograd.grad(y, (h, bias, temb), i.y)
 
 
 def _fast_loss_backward(i: Inputs) -> object:

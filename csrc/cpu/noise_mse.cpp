@@ -3,7 +3,7 @@
 //   out[n] = mean over elements of loss(pred - target), target = eps, x0 or sqrt(ab_t) eps - sqrt(1 - ab_t) x0
 //   g_pred = g[n] / E * loss'(pred - target)
 //
-// The sum of a tile is taken in float64 over eight lanes, those of the tiles in order, so it does not depend on
+// The sum of a tile is taken in float64 over many lanes, those of the tiles in order, so it does not depend on
 // threads.
 #include <vector>
 
@@ -12,42 +12,54 @@
 namespace ddpm_fast {
 namespace {
 
-DDPM_FAST_CLONES void subtract(const float* a, const float* b, float* out, int64_t count) {
-  for (int64_t i = 0; i < count; ++i)
-    out[i] = a[i] - b[i];
-}
-
 DDPM_FAST_CLONES void velocity(NoisingRow row, const float* x0, const float* eps, float* out, int64_t count) {
   for (int64_t i = 0; i < count; ++i)
     out[i] = target_value(Target::v, row, x0[i], eps[i]);
 }
 
-DDPM_FAST_CLONES void losses(Loss loss, float delta, const float* d, float* out, int64_t count) {
-  for (int64_t i = 0; i < count; ++i)
-    out[i] = loss_value(loss, d[i], delta);
-}
-
-DDPM_FAST_CLONES void scaled_grads(Loss loss, float delta, float scale, const float* d, float* out, int64_t count) {
-  for (int64_t i = 0; i < count; ++i)
-    out[i] = scale * loss_grad(loss, d[i], delta);
-}
-
-// pred - target of a run; the result may lie in any of the tiles.
-const float* difference(const NoiseMseArgs& args, const Run& run, Tile& a, Tile& b, Tile& c) {
-  const float* target;
-  if (args.target == Target::x0) {
-    target = load(args.x0, args.shape, run, b);
-  } else {
-    target = load_noise(args.noise, args.shape, run, b);
-    if (args.target == Target::v) {
-      const NoisingRow row = noising_row(args.table, args.steps, args.t[run.n]);
-      velocity(row, load(args.x0, args.shape, run, a), target, c.v, run.count);
-      target = c.v;
-    }
+// The kind of loss is a constant in each of these loops: decided inside, every kind would be computed and one selected.
+DDPM_FAST_HD double sum_of_kind(Loss loss, float delta, const float* pred, const float* target, int64_t count) {
+  constexpr int kLanes = 32;  // they vectorise and do not wait for each other
+  double lanes[kLanes] = {};
+  const int64_t whole = count - count % kLanes;
+  for (int64_t i = 0; i < whole; i += kLanes) {
+    for (int k = 0; k < kLanes; ++k)
+      lanes[k] += static_cast<double>(loss_value(loss, pred[i + k] - target[i + k], delta));
   }
-  const float* pred = load(args.pred, args.shape, run, a);
-  subtract(pred, target, c.v, run.count);
-  return c.v;
+  for (int64_t i = whole; i < count; ++i) {
+    lanes[i - whole] += static_cast<double>(loss_value(loss, pred[i] - target[i], delta));
+  }
+  double sum = 0.0;
+  for (int k = 0; k < kLanes; ++k)
+    sum += lanes[k];
+  return sum;
+}
+DDPM_FAST_CLONES double sum_of_losses(Loss loss, float delta, const float* pred, const float* target, int64_t count) {
+  if (loss == Loss::mse) return sum_of_kind(Loss::mse, delta, pred, target, count);
+  if (loss == Loss::l1) return sum_of_kind(Loss::l1, delta, pred, target, count);
+  return sum_of_kind(Loss::huber, delta, pred, target, count);
+}
+
+DDPM_FAST_HD void
+grads_of_kind(Loss loss, float delta, float scale, const float* pred, const float* target, float* out, int64_t count) {
+  for (int64_t i = 0; i < count; ++i)
+    out[i] = scale * loss_grad(loss, pred[i] - target[i], delta);
+}
+DDPM_FAST_CLONES void
+scaled_grads(Loss loss, float delta, float scale, const float* pred, const float* target, float* out, int64_t count) {
+  if (loss == Loss::mse) return grads_of_kind(Loss::mse, delta, scale, pred, target, out, count);
+  if (loss == Loss::l1) return grads_of_kind(Loss::l1, delta, scale, pred, target, out, count);
+  grads_of_kind(Loss::huber, delta, scale, pred, target, out, count);
+}
+
+// The target of a run; it may lie in either tile or in the array itself. `scratch` is used on the way.
+const float* target_of(const NoiseMseArgs& args, const Run& run, Tile& tile, Tile& scratch) {
+  if (args.target == Target::x0) return load(args.x0, args.shape, run, tile);
+  const float* eps = load_noise(args.noise, args.shape, run, tile);
+  if (args.target == Target::eps) return eps;
+  const NoisingRow row = noising_row(args.table, args.steps, args.t[run.n]);
+  velocity(row, load(args.x0, args.shape, run, scratch), eps, tile.v, run.count);
+  return tile.v;
 }
 
 }  // namespace
@@ -57,10 +69,11 @@ Status noise_mse_cpu(const NoiseMseArgs& args, int threads) {
   const int64_t tiles = (elements + kTile - 1) / kTile;
   std::vector<double> sums(static_cast<size_t>(args.shape.n * tiles));
   for_each_tile(args.shape, threads, [&](const Run& run) {
-    Tile a, b, c;
-    const float* d = difference(args, run, a, b, c);
-    losses(args.loss, args.huber_delta, d, a.v, run.count);
-    sums[static_cast<size_t>(run.n * tiles + run.first / kTile)] = sum_of(a.v, run.count);
+    Tile a, b;
+    const float* target = target_of(args, run, b, a);
+    const float* pred = load(args.pred, args.shape, run, a);
+    sums[static_cast<size_t>(run.n * tiles + run.first / kTile)] =
+        sum_of_losses(args.loss, args.huber_delta, pred, target, run.count);
   });
   for (int64_t n = 0; n < args.shape.n; ++n) {
     double sum = 0.0;
@@ -75,9 +88,10 @@ Status noise_mse_backward_cpu(const NoiseMseArgs& args, int threads) {
   const float elements = static_cast<float>(args.shape.elements());
   for_each_tile(args.shape, threads, [&](const Run& run) {
     Tile a, b, c;
-    const float* d = difference(args, run, a, b, c);
-    float* out = begin_store(args.g_pred, args.shape, run, a);
-    scaled_grads(args.loss, args.huber_delta, args.g_out[run.n] / elements, d, out, run.count);
+    const float* target = target_of(args, run, b, a);
+    const float* pred = load(args.pred, args.shape, run, a);
+    float* out = begin_store(args.g_pred, args.shape, run, c);
+    scaled_grads(args.loss, args.huber_delta, args.g_out[run.n] / elements, pred, target, out, run.count);
     store(args.g_pred, args.shape, run, out);
   });
   return {};
