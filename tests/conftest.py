@@ -66,7 +66,11 @@ if ONLY_SHIM:
 else:
     SERVED = [
         pytest.param(("native", "cpu"), id="native"),
-        pytest.param(("triton", "cpu"), id="triton-interpreter", marks=pytest.mark.skipif(HAS_GPU, reason="compiled")),
+        pytest.param(
+            ("triton", "cpu"),
+            id="triton-interpreter",
+            marks=pytest.mark.skipif(HAS_GPU, reason="there is a GPU: compiled kernels are tested"),
+        ),
         pytest.param(("reference", "cuda"), id="reference-gpu", marks=pytest.mark.gpu),
         pytest.param(("native", "cuda"), id="native-gpu", marks=pytest.mark.gpu),
         pytest.param(("triton", "cuda"), id="triton-gpu", marks=pytest.mark.gpu),
