@@ -311,3 +311,47 @@ def test_missing_extras_are_named_together(tmp_path, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in ("sklearn", "tqdm") else real(name))
     with pytest.raises(DemoError, match=r"needs scikit-learn, tqdm; .*pip install ddpm_fast\[demo\]"):
         run(Settings(out=tmp_path))
+
+
+class TestThreads:
+    """Which number of threads the training uses, with made-up times."""
+
+    @staticmethod
+    def choices(monkeypatch, seconds, steps, threads=4):
+        from ddpm_fast.demo.threads import Threads
+
+        used = []
+        monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+        monkeypatch.setattr(torch, "set_num_threads", lambda n: used.append(n))
+        chooser = Threads(torch.device("cpu"))
+        taken = []
+        for step in range(steps):
+            chooser.before(step)
+            taken.append(chooser.chosen)
+            chooser.after(seconds(step, chooser.chosen))
+        return taken
+
+    @pytest.mark.parametrize(("slow", "best"), [(1, 4), (4, 1)])
+    def test_the_faster_is_kept_after_the_trial(self, monkeypatch, slow, best):
+        taken = self.choices(monkeypatch, lambda step, n: 2.0 if n == slow else 1.0, 60)
+        assert taken[:8] == [4] * 4 + [1] * 4
+        assert set(taken[8:]) == {best}
+
+    def test_a_first_step_that_warms_up_does_not_decide(self, monkeypatch):
+        taken = self.choices(monkeypatch, lambda step, n: 50.0 if step == 0 else 1.0 if n == 4 else 2.0, 20)
+        assert taken[-1] == 4
+
+    def test_it_changes_its_mind_when_the_machine_changes(self, monkeypatch):
+        taken = self.choices(monkeypatch, lambda step, n: (3.0 if n == 4 else 2.0) if step >= 60 else 1.0 / n, 120)
+        assert taken[59] == 4
+        assert taken[119] == 1
+
+    def test_one_thread_is_left_alone(self, monkeypatch):
+        from ddpm_fast.demo.threads import Threads
+
+        monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+        monkeypatch.setattr(torch, "set_num_threads", lambda n: pytest.fail("nothing to choose"))
+        chooser = Threads(torch.device("cpu"))
+        chooser.before(0)
+        chooser.after(1.0)
+        assert chooser.chosen == 1

@@ -35,6 +35,14 @@ def run(settings: Settings, say: Callable[[str], None] = print) -> dict[str, Any
     work if the settings cannot work.
     """
     device = settings.check()
+    threads = torch.get_num_threads()
+    try:
+        return _run(settings, device, say)
+    finally:
+        torch.set_num_threads(threads)  # the training leaves as many as paid
+
+
+def _run(settings: Settings, device: torch.device, say: Callable[[str], None]) -> dict[str, Any]:
     began = time.perf_counter()
     demo = _Demo(settings, device, say)
     digits, reader = demo.load()
@@ -103,13 +111,14 @@ class _Demo:
             "steps": log.steps,
             "images_drawn": log.images,
             "seconds": log.seconds,
+            "torch_threads": log.threads,
             "final_loss": log.final_loss,
             "losses": log.losses,
         }
         self.say(
             f"training: UNet(width={s.width}, depth={s.depth}), {parameters / 1e6:.2f} M weights, "
-            f"{log.steps} steps of {recipe.batch} images in {log.seconds:.0f} s, "
-            f"loss {log.final_loss:.4f}"
+            f"{log.steps} steps of {recipe.batch} images in {log.seconds:.0f} s "
+            f"({log.threads} CPU threads), loss {log.final_loss:.4f}"
         )
         return average
 

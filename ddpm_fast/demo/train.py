@@ -16,6 +16,7 @@ from .. import noise, ops
 from ..nn import UNet
 from ..schedule import Schedule
 from .digits import Digits
+from .threads import Threads
 
 _REPORT_EVERY = 10  # steps between looks at the loss, which wait for the device
 
@@ -46,11 +47,12 @@ class Recipe:
 
 @dataclasses.dataclass(frozen=True)
 class TrainLog:
-    """What the training did; losses are means over _REPORT_EVERY steps, oldest first."""
+    """What the training did; losses are means over _REPORT_EVERY steps, oldest first; threads: those it ended on."""
 
     steps: int
     images: int
     seconds: float
+    threads: int
     losses: list[float]
 
     @property
@@ -108,6 +110,8 @@ def train(
 ) -> tuple[UNet, TrainLog]:
     """Trains `net` in place to predict eps and returns the average of its weights, in eval mode.
 
+    On a CPU it leaves torch on as many threads as was fastest last; the caller puts its own number back.
+
     Args:
         net: class-conditional, on the device to train on.
         digits: the data, on any device.
@@ -130,11 +134,14 @@ def train(
     losses: list[float] = []
     recent = torch.zeros((), device=device)
     net.train()
+    threads = Threads(device)
     step, done, began = 0, 0.0, time.perf_counter()
     while done < 1:
         rate = 0.5 * (1 + math.cos(math.pi * done)) * min(1.0, (step + 1) / recipe.warmup_steps)
         for group in optimizer.param_groups:
             group["lr"] = recipe.lr * rate
+        threads.before(step)
+        step_began = time.perf_counter()
         index = next(order)
         x0, t = images[index], draw_t(rng, recipe.batch, T)
         y = drop_labels(rng, labels[index], recipe.label_dropout, null_label)
@@ -145,6 +152,7 @@ def train(
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+        threads.after(time.perf_counter() - step_began)
         step += 1
         update_average(average, net, min(recipe.ema_decay, (1 + step) / (10 + step)))
         rng[1] += recipe.batch
@@ -155,4 +163,5 @@ def train(
             recent.zero_()
             bar.set_postfix_str(f"step {step}, loss {losses[-1]:.4f}", refresh=False)
         bar.update(100 * (done - before))
-    return average, TrainLog(step, step * recipe.batch, time.perf_counter() - began, losses)
+    seconds = time.perf_counter() - began
+    return average, TrainLog(step, step * recipe.batch, seconds, torch.get_num_threads(), losses)
