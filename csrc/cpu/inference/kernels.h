@@ -1,0 +1,74 @@
+// What one instruction set provides to the fused U-Net: a table of plain functions. No STL here or in the files that
+// fill the tables: they are compiled for instruction sets that this machine may lack, and an inline function of theirs
+// must never be the copy that the linker keeps for everybody.
+//
+// Activations are channels last, bfloat16 in the `half` tables and float32 in the others; sums are float32 in both.
+// Weights are packed for `gemm` (pack.h): panels of 16 output channels, up to 4 panels side by side in a group.
+#pragma once
+
+#include <cstdint>
+
+namespace ddpm_fast::inference {
+
+constexpr int64_t kPanel = 16;
+constexpr int64_t kGroupPanels = 4;
+
+// c[i, j] = sum over segments s and k of a_s[i, k] b[s, k, j], for m rows and 16 * panels columns.
+// Row i of segment s starts at rows[s * m + i] or, where rows is null, at a + i * a_stride (then one segment).
+struct Gemm {
+  const void* const* rows = nullptr;
+  const void* a = nullptr;
+  int64_t a_stride = 0;  // elements
+  int64_t m = 0;
+  int64_t segments = 1;
+  int64_t k = 0;               // elements in a row of one segment; even in half tables
+  const void* b = nullptr;     // one packed group
+  const void* next = nullptr;  // what will be b next, to be fetched into the cache meanwhile; optional
+  int64_t next_bytes = 0;
+  int64_t panels = 0;  // 1 .. kGroupPanels
+  float* c = nullptr;  // rows of 16 * panels floats
+};
+
+// The end of a layer for one 2x2 window of output pixels and one group of channels.
+struct Finish {
+  const float* m = nullptr;  // position p of the transformed products at m + p * stride
+  int64_t stride = 0;
+  int64_t panels = 0;
+  const float* bias = nullptr;
+  const float* temb = nullptr;   // added after the activation; optional
+  const float* label = nullptr;  // added to temb; optional
+  bool silu = false;
+  void* out[4] = {};       // pixels (0,0) (0,1) (1,0) (1,1) of the window; null: outside of the image
+  void* pooled = nullptr;  // where their maximum goes; optional
+};
+
+struct Kernels {
+  const char* name;
+  bool half;
+  int64_t k_multiple;  // packed weights have zeros up to this multiple of rows in each segment
+
+  // Around any number of gemm calls of one thread, for units that have to be set up; null where there are none.
+  void (*begin)();
+  void (*end)();
+  void (*gemm)(const Gemm&);
+  // v[p * stride + i * channels + c] for the 16 positions of `count` windows side by side, and for the 9 of one image
+  // of 2x2. Pixels: 4 lines of 2 * count + 2, of which each window reads 4x4; or the image's four.
+  void (*winograd_in)(const void* const* pixels, int64_t count, int64_t channels, void* v, int64_t stride);
+  void (*window_in)(const void* const* pixels, int64_t channels, void* v, int64_t stride);
+  // What undoes them, and for `direct` the four sums as they are; then bias, activation, time embedding, stores.
+  void (*winograd_finish)(const Finish&);
+  void (*window_finish)(const Finish&);
+  void (*direct_finish)(const Finish&);
+  // out[i][j] = c[i, j] + bias[j] for m rows of c, `panels` panels of each, rows `c_stride` floats apart.
+  void (*store_rows)(const float* c, int64_t c_stride, int64_t m, int64_t panels, const float* bias, void* const* out);
+  void (*to_float)(const void* source, int64_t count, float* target);
+};
+
+// Null where the compiler could not build it.
+const Kernels* kernels_plain();
+const Kernels* kernels_avx2();
+const Kernels* kernels_avx512();
+const Kernels* kernels_avx512_bf16();
+const Kernels* kernels_amx_bf16();
+
+}  // namespace ddpm_fast::inference

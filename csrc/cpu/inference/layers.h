@@ -1,0 +1,117 @@
+// The layers of a fused U-Net on a CPU. Each is cut into items that any thread may take in any order; what an output
+// element is made of never depends on the cut.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "kernels.h"
+#include "pack.h"
+
+namespace ddpm_fast::inference {
+
+// What differs from call to call.
+struct Run {
+  const float* x = nullptr;  // the images, float32 (n, c, h, w)
+  float* out = nullptr;      // like x
+  const float* time_table = nullptr;
+  const int64_t* time_rows = nullptr;  // [n]
+  const float* label_table = nullptr;  // optional
+  const int64_t* label_rows = nullptr;
+  int64_t columns = 0;  // of both tables
+};
+
+// Pixels (n, y, x) of a channels-last buffer with `stride` channels each; data points at the slice's first channel.
+struct Place {
+  void* data = nullptr;
+  int64_t stride = 0;
+};
+
+struct Sizes {
+  int64_t n = 0, h = 0, w = 0, in = 0, out = 0;
+};
+
+class Layer {
+ public:
+  Layer(Kind kind, const Kernels& kernels, const Sizes& sizes, const void* packed, const float* bias);
+  virtual ~Layer() = default;
+  // Cuts the layer for so many threads and returns the number of items.
+  virtual int64_t cut(int threads) = 0;
+  virtual void work(int64_t item, const Run& run, char* scratch) const = 0;
+  virtual int64_t scratch_bytes() const = 0;
+  const Kernels& kernels() const { return kernels_; }
+
+ protected:
+  const void* weights(const Group& group, int64_t position = 0) const;
+
+  const Kind kind_;
+  const Kernels& kernels_;
+  const Sizes sizes_;
+  const Packing packing_;
+  const void* const packed_;
+  const float* const bias_;
+  const int64_t bytes_;  // of one activation
+};
+
+// 3x3 convolution, padding 1, by 2x2 windows of output pixels: winograd, window, direct, or first (which reads run.x).
+class Convolution : public Layer {
+ public:
+  struct Ends {
+    Place source, target, pooled;  // pooled.data null: no pooling
+    bool silu = false;
+    int64_t temb_column = -1;  // negative: no time embedding
+  };
+  Convolution(
+      Kind kind, const Kernels& kernels, const Sizes& sizes, const Ends& ends, const void* packed, const float* bias
+  );
+  int64_t cut(int threads) override;
+  void work(int64_t item, const Run& run, char* scratch) const override;
+  int64_t scratch_bytes() const override;
+
+ private:
+  double cost(int64_t windows, int64_t groups) const;
+  int64_t gathered_bytes(int64_t windows) const;
+  void gather(int64_t first, int64_t count, char* gathered) const;
+  void gather_image(const Run& run, int64_t first, int64_t count, float* rows) const;
+  void finish(const Run& run, int64_t first, int64_t count, const Group& group, const float* m) const;
+  const char* pixel(int64_t n, int64_t y, int64_t x) const;
+
+  const Ends ends_;
+  const int64_t rows_, columns_, total_;  // windows of an image, and of all
+  const int64_t most_;                    // windows of a block at the most
+  std::vector<char> zeros_;               // a pixel outside of the image
+  int64_t windows_ = 0, blocks_ = 0;      // windows of a block, and blocks
+  int64_t splits_ = 1;                    // parts of the output channels
+};
+
+// Transposed 2x2 convolution with stride 2: one matrix product, each input pixel gives four output pixels.
+class Upsampling : public Layer {
+ public:
+  Upsampling(
+      const Kernels& kernels, const Sizes& sizes, Place source, Place target, const void* packed, const float* bias
+  );
+  int64_t cut(int threads) override;
+  void work(int64_t item, const Run& run, char* scratch) const override;
+  int64_t scratch_bytes() const override;
+
+ private:
+  const Place source_, target_;
+  const int64_t blocks_;
+  int64_t splits_ = 1;
+};
+
+// 1x1 convolution to the image, float32 (n, out, h, w) at run.out.
+class Output : public Layer {
+ public:
+  Output(const Kernels& kernels, const Sizes& sizes, Place source, const void* packed, const float* bias);
+  int64_t cut(int threads) override;
+  void work(int64_t item, const Run& run, char* scratch) const override;
+  int64_t scratch_bytes() const override;
+
+ private:
+  const Place source_;
+  const Kernels& float_kernels_;
+  const int64_t blocks_;
+};
+
+}  // namespace ddpm_fast::inference
