@@ -3,7 +3,7 @@
 `ddpm_fast.Sampler(model, ddpm_fast.Schedule.linear(1000)).sample(16, (3, 32, 32), seed=0)` draws sixteen images.
 """
 
-from ddpm_fast import ops
+from ddpm_fast import inference, ops
 from ddpm_fast.backends import use_backend
 from ddpm_fast.nn import UNet
 from ddpm_fast.ops import normal
@@ -12,4 +12,4 @@ from ddpm_fast.schedule import Schedule
 
 __version__ = "0.1.0"
 
-__all__ = ["Sampler", "Schedule", "UNet", "__version__", "normal", "ops", "use_backend"]
+__all__ = ["Sampler", "Schedule", "UNet", "__version__", "inference", "normal", "ops", "use_backend"]

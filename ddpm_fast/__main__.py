@@ -11,6 +11,7 @@ import torch
 import ddpm_fast
 from ddpm_fast import backends
 from ddpm_fast.backends import native
+from ddpm_fast.inference import native as layers
 from ddpm_fast.ops._schema import SCHEMAS
 
 
@@ -26,7 +27,7 @@ def build_lines() -> list[str]:
     if native._C is None:
         return [f"extension: missing - {native.unavailable_reason(torch.device('cpu'))}"]
     info = native._C.build_info()
-    lines = [f"extension: {native._C.__file__}", f"  compiler: {info['compiler']}"]
+    lines = [f"extension: {native._C.__file__}", f"  compiler: {info['compiler']}", f"  {inference_line()}"]
     if not info["cuda"]:
         return [*lines, "  CUDA half: not built (no nvcc at build time, or DDPM_FAST_CUDA=OFF)"]
     driver = info["cuda_driver"] or "none found"
@@ -36,6 +37,17 @@ def build_lines() -> list[str]:
         f"  NVIDIA driver: supports CUDA {driver}; devices: {info['cuda_devices']}",
         *([f"  CUDA is not usable: {info['cuda_error']}"] if info["cuda_error"] else []),
     ]
+
+
+def inference_line() -> str:
+    """By which instruction sets fused networks run on this CPU."""
+    if not layers.available():
+        return "fused networks on this CPU: by PyTorch's own operators; the extension has no layers for them here"
+    mask = f"; {layers.ISA_VARIABLE}={layers.isa_mask()} leaves out better ones" if layers.isa_mask() else ""
+    try:
+        return f"fused networks on this CPU: {', '.join(layers.isas())} (the first is the best){mask}"
+    except ValueError as error:
+        return f"fused networks on this CPU: {error}"
 
 
 def devices() -> list[torch.device]:

@@ -9,8 +9,9 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from . import inference
 from .sampling.choices import choose
 from .sampling.graphs import Loops
 from .sampling.inputs import (
@@ -24,7 +25,7 @@ from .sampling.inputs import (
     whole,
 )
 from .sampling.loop import Layout, Plan, Start
-from .sampling.model import FED_DTYPES, Model, attribute, device_of, dtype_of, sample_shape
+from .sampling.model import FED_DTYPES, Model, attribute, device_of, dtype_of, eval_mode, sample_shape
 from .sampling.outputs import check_output, to_output
 from .sampling.progress import Progress
 from .sampling.run import Run, Step
@@ -59,7 +60,10 @@ class Sampler:
         instead; False never captures. A captured model's Python runs once and its kernels every step, so a model whose
         Python decides something from step to step needs False. Weights are read in place: new values loaded into them
         are seen, and weights that move are noticed. At most 4 graphs are kept; `clear_graphs` frees them.
-    fused: has no network plan to turn on in this version; True raises ValueError.
+    fused: run a network that `ddpm_fast.inference` knows (`ddpm_fast.nn.UNet`) by its fused plan: `dtype` is then what
+        the plan computes in (float32, bfloat16, float16), and the network is fed the float32 state. The first run of a
+        batch and image size spends seconds on a trial. Any other model runs as it is: the property `fused` says
+        whether there is a plan, `not_fused_because` why not. Weights that changed are read again at every run.
     """
 
     def __init__(
@@ -92,11 +96,6 @@ class Sampler:
             raise TypeError(f"model must be callable as model(x, t), got {type(model).__name__}")
         if not isinstance(schedule, Schedule):
             raise TypeError(f"schedule must be a ddpm_fast.Schedule, got {type(schedule).__name__}")
-        if fused:
-            raise ValueError(
-                "fused=True: this version has no fused network plan; leave it out, and pass torch.compile(model) as "
-                "the model for a faster network"
-            )
         if dtype is not None and dtype not in FED_DTYPES:
             known = ", ".join(str(known) for known in FED_DTYPES)
             raise ValueError(f"dtype must be one of {known}, got {dtype}")
@@ -122,6 +121,10 @@ class Sampler:
             chunk = DEFAULT_CHUNK
         self.chunk = None if chunk is None else whole("chunk", chunk, 1)
         self.last_seed: int | None = None
+        self._not_fused = inference.unknown_reason(model) if fused else "fused=True was not asked for"
+        if self.fused and self._dtype() not in inference.DTYPES:
+            known = ", ".join(str(known) for known in inference.DTYPES)
+            raise ValueError(f"fused=True computes in {known}, got dtype {self._dtype()}")
         self._plans: dict[tuple[torch.device, torch.dtype], Plan] = {}
         self._loops = Loops(cuda_graph)
 
@@ -131,6 +134,21 @@ class Sampler:
     def model(self) -> Model:
         """The network, as it was given."""
         return self._model
+
+    @property
+    def fused(self) -> bool:
+        """Whether a fused plan runs in place of the model."""
+        return self._not_fused is None
+
+    @property
+    def not_fused_because(self) -> str | None:
+        """Why the model runs as it is; None when a fused plan runs."""
+        return self._not_fused
+
+    @property
+    def compiled(self) -> inference.Compiled | None:
+        """The fused plan, with its `describe`; None without one, and before the first run."""
+        return next((plan.fused for plan in reversed(self._plans.values())), None)
 
     @property
     def timesteps(self) -> list[int]:
@@ -267,17 +285,31 @@ class Sampler:
             return of_model
         return x.device if isinstance(x, Tensor) else _indexed(torch.get_default_device())
 
+    def _dtype(self) -> torch.dtype:
+        return dtype_of(self.model) if self.dtype is None else self.dtype
+
     def _plan(self, device: torch.device) -> Plan:
-        dtype = dtype_of(self.model) if self.dtype is None else self.dtype
-        if (device, dtype) not in self._plans:
-            t_model = torch.tensor(self.choices.steps.timesteps, device="cpu")
-            if self.choices.time_scale == "rescaled":
-                t_model = t_model.float() * (1000.0 / self.schedule.num_timesteps)
-            with torch.inference_mode(False):
-                steps = self.choices.steps.to(device)
-                t_model = t_model.to(device)
-                self._plans[device, dtype] = Plan(self.model, steps, t_model, dtype, self.choices.thresholding)
-        return self._plans[device, dtype]
+        key = (device, self._dtype())
+        if key in self._plans:
+            plan = self._plans[key]
+            if plan.fused is not None:
+                with eval_mode(self.model):
+                    plan.fused.refresh_if_changed()
+            return plan
+        t_model = torch.tensor(self.choices.steps.timesteps, device="cpu")
+        if self.choices.time_scale == "rescaled":
+            t_model = t_model.float() * (1000.0 / self.schedule.num_timesteps)
+        with torch.inference_mode(False), eval_mode(self.model):
+            steps = self.choices.steps.to(device)
+            t_model = t_model.to(device)
+            dtype, compiled = self._dtype(), None
+            if self.fused and isinstance(self.model, nn.Module):
+                compiled = inference.compile(
+                    self.model, dtype=dtype, timesteps=t_model, deterministic=self.deterministic
+                )
+                dtype = torch.float32
+            self._plans[key] = Plan(self.model, steps, t_model, dtype, self.choices.thresholding, compiled)
+        return self._plans[key]
 
 
 def _indexed(device: torch.device) -> torch.device:

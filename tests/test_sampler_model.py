@@ -230,7 +230,6 @@ class TestBadInput:
         [
             ({"model": 3}, TypeError, r"callable as model\(x, t\), got int"),
             ({"schedule": [0.1]}, TypeError, "schedule must be a ddpm_fast.Schedule, got list"),
-            ({"fused": True}, ValueError, r"no fused network plan.*torch.compile\(model\)"),
             ({"dtype": torch.int8}, ValueError, "dtype must be one of torch.float32, .*got torch.int8"),
             ({"like": "k-diffusion"}, ValueError, "like must be one of tutorial, diffusers, lucidrains, openai"),
             ({"method": "dpm++"}, ValueError, "method must be one of ddpm, ddim"),

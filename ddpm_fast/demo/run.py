@@ -66,6 +66,7 @@ class _Demo:
     def __init__(self, settings: Settings, device: torch.device, say: Callable[[str], None]) -> None:
         self.settings, self.device, self.say = settings, device, say
         self.schedule = Schedule.linear(settings.timesteps)
+        self._sampler: Sampler | None = None
         self.report: dict[str, Any] = {
             "ddpm_fast": __version__,
             "seed": settings.seed,
@@ -145,15 +146,18 @@ class _Demo:
             raise RuntimeError(f"{path} does not give back the weights that were written to it")
 
     def sampler(self, net: UNet) -> Sampler:
-        """DDPM on some of the timesteps, with x0 clipped to the range of the data."""
-        return Sampler(
-            net,
-            self.schedule,
-            steps=self.settings.steps,
-            variance="fixed_small",
-            clip=1.0,
-            chunk=CHUNK,
-        )
+        """DDPM on some of the timesteps, with x0 clipped to the range of the data; one for a network."""
+        if self._sampler is None or self._sampler.model is not net:
+            self._sampler = Sampler(
+                net,
+                self.schedule,
+                steps=self.settings.steps,
+                variance="fixed_small",
+                clip=1.0,
+                chunk=CHUNK,
+                fused=True,
+            )
+        return self._sampler
 
     def asked(self, n: int) -> Tensor:
         """Labels 0..9, 0..9, ...: one row of the grid after the other."""

@@ -3,13 +3,17 @@
 A graph reads and writes fixed addresses: the static buffers of a `Loop` and the network's weights. New seeds, labels of
 the same shape, guidance scales and start states are written into the buffers and need no new capture. A new batch
 size, sample shape or dtype does, and so do weights that moved. A few recent graphs are kept, for each holds memory.
+
+Between two replays the device waits a few microseconds, which a single image feels. So a loop that is used a second
+time gets a graph of STRIDE steps beside that of one. Each step still finds its row in the device's own counter; what
+the host has to do between steps (given noise, a progress bar, handing out each state) rules longer strides out.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 
 import torch
 
@@ -18,8 +22,11 @@ from .model import fingerprint
 
 WARMUP_STEPS = 3  # enough for lazy initialisation, and for cuDNN and cuBLAS to have chosen
 KEPT = 4
+STRIDE = 10  # more would save less than a tenth of what ten save, and take longer to capture
 
+Replay = Callable[[], None]
 Advance = Callable[[], None]
+"""What moves a loop on by a row: `loop.step`, or a `Captured`, which takes a number of rows too."""
 
 
 def supported(device: torch.device) -> bool:
@@ -27,7 +34,7 @@ def supported(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
-def capture(loop: Loop) -> Advance:
+def capture(loop: Loop) -> Replay:
     """Record `loop.step` and return what replays it. Runs a few steps first: load the loop again afterwards."""
     device = loop.plan.device
     with torch.cuda.device(device):
@@ -39,12 +46,63 @@ def capture(loop: Loop) -> Advance:
                 loop.step()
             loop.row.zero_()
         torch.cuda.current_stream(device).wait_stream(beside)
-        graph = torch.cuda.CUDAGraph()
-        # Other threads, a data loader's for one, may go on talking to the device meanwhile.
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+    return record(loop, 1)
+
+
+def record(loop: Loop, steps: int) -> Replay:
+    """Record that many steps in turn, none of which runs now, and return what replays them all."""
+    graph = torch.cuda.CUDAGraph()
+    # Other threads, a data loader's for one, may go on talking to the device meanwhile.
+    with torch.cuda.device(loop.plan.device), torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        for _ in range(steps):
             loop.step()
-    replay: Advance = graph.replay
+    replay: Replay = graph.replay
     return replay
+
+
+class Captured:
+    """Replays of one loop's step: `captured()` is one row, `captured(rows)` as many.
+
+    stride: how many rows are best asked for at a time. 1 until `again` says that the loop is in use once more, for
+    recording STRIDE steps takes tens of milliseconds, which a single run does not earn back; and 1 once that failed.
+    """
+
+    def __init__(self, loop: Loop) -> None:
+        self._loop, self._one = loop, capture(loop)
+        self._many: Replay | None = None
+        self._again = True
+        self.stride = 1
+
+    def again(self) -> None:
+        """Says that another run begins."""
+        if self._again:
+            self.stride = STRIDE
+
+    def __call__(self, rows: int = 1) -> None:
+        if rows >= self.stride > 1 and self._many is None:
+            try:
+                self._many = record(self._loop, STRIDE)
+            except RuntimeError:  # no memory for it, most likely; one row at a time does the same
+                self._again, self.stride = False, 1
+        while rows >= STRIDE and self._many is not None:
+            self._many()
+            rows -= STRIDE
+        for _ in range(rows):
+            self._one()
+
+
+def stride_of(advance: Advance) -> int:
+    """How many rows are best asked of it at a time."""
+    return advance.stride if isinstance(advance, Captured) else 1
+
+
+def portions(first: int, last: int, stride: int) -> Iterator[tuple[int, int]]:
+    """(row, rows) that cover first .. last - 1 in order: `stride` at a time as long as that many are left, then one."""
+    row = first
+    while row < last:
+        rows = stride if row + stride <= last else 1
+        yield row, rows
+        row += rows
 
 
 class Loops:
@@ -57,7 +115,7 @@ class Loops:
 
     def __init__(self, wanted: bool | None) -> None:
         self._wanted = wanted
-        self._kept: OrderedDict[Hashable, tuple[Loop, Advance]] = OrderedDict()
+        self._kept: OrderedDict[Hashable, tuple[Loop, Captured]] = OrderedDict()
         self._failed = False
 
     def check(self, device: torch.device) -> None:
@@ -66,15 +124,17 @@ class Loops:
             raise ValueError(f"cuda_graph=True needs a CUDA device, and the sampler runs on {device}")
 
     def take(self, plan: Plan, layout: Layout) -> tuple[Loop, Advance]:
-        """A loop for this layout, not in use by anyone else, and its advance: a graph's replay or `loop.step`."""
+        """A loop for this layout, not in use by anyone else, and its advance: a `Captured` or `loop.step`."""
         if self._wanted is False or self._failed or not supported(plan.device):
             return _eager(plan, layout)
         key = self._key(plan, layout)
         if key in self._kept:
-            return self._kept.pop(key)
+            loop, captured = self._kept.pop(key)
+            captured.again()
+            return loop, captured
         loop, step = _eager(plan, layout)
         try:
-            return loop, capture(loop)
+            return loop, Captured(loop)
         except RuntimeError as error:  # ValueError and TypeError are the model's fault, which eager would not mend
             if self._wanted:
                 raise RuntimeError(f"cuda_graph=True, but the sampling step could not be captured: {error}") from error
@@ -89,7 +149,7 @@ class Loops:
 
     def give(self, loop: Loop, advance: Advance) -> None:
         """Return what `take` gave. Eager loops are dropped; of captured ones the oldest makes room for the newest."""
-        if advance == loop.step:
+        if not isinstance(advance, Captured):
             return
         self._kept[self._key(loop.plan, loop.layout)] = (loop, advance)
         while len(self._kept) > KEPT:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from ..inference import Compiled
 from ..noise import STREAM_X_T, make_rng
 from ..tables.steps import StepTable
 from .model import Model, prediction
@@ -25,6 +26,7 @@ class Plan:
 
     steps: the step table, on the device. t_model: [steps], what the network is told as t, int64, or float32 if
     rescaled. dtype: what the network is fed. thresholding: (ratio, max_value) of dynamic thresholding, or None.
+    fused: the plan of the network that runs in its place, made for the timesteps t_model; it is fed float32.
     """
 
     model: Model
@@ -32,6 +34,7 @@ class Plan:
     t_model: Tensor
     dtype: torch.dtype
     thresholding: tuple[float, float] | None
+    fused: Compiled | None = None
 
     @property
     def device(self) -> torch.device:
@@ -108,6 +111,14 @@ class Loop:
         # In half precision ddpm_step writes the network's next input itself; float64 it cannot write.
         self.step_feeds = whole and plan.dtype in (torch.bfloat16, torch.float16)
         self.fed = None if self.feeds_x else torch.zeros(halves, chunk, *shape, dtype=plan.dtype, device=device)
+        # A fused plan's own buffers live as long as somebody holds it; a captured step reads and writes them.
+        self.held = None if plan.fused is None else plan.fused.prepare(halves * chunk, shape)
+        self.fused_m = (
+            None if plan.fused is None else torch.zeros(halves * chunk, *shape, dtype=torch.float32, device=device)
+        )
+        # Whether the plan's last layer and ddpm_step are one pass, which draws its own noise and knows one m only.
+        plain_step = whole and not layout.noise and plan.thresholding is None
+        self.one_pass = plain_step and self.held is not None and self.held.step is not None
         self.labels: list[Tensor] = []
         if layout.label is not None:
             row_shape, dtype = layout.label
@@ -137,7 +148,13 @@ class Loop:
     def step(self) -> None:
         """Advance every sample by the row that `self.row` names, and move `self.row` on."""
         plan = self.plan
-        self.t.copy_(plan.t_model.index_select(0, self.row))  # one number for all samples
+        if self.one_pass and plan.fused is not None:
+            labels, steps = self.labels[0][0] if self.labels else None, (plan.steps.table, plan.steps.t_of_row)
+            plan.fused.step_at_rows(self.x, self.row, labels, steps, self.rng, self.bad_row, self.x0)
+            self.row.add_(1)
+            return
+        if plan.fused is None:
+            self.t.copy_(plan.t_model.index_select(0, self.row))  # one number for all samples
         m, uncond = self._predict(0) if self.m is None else self._predict_in_chunks(self.m)
         ops.ddpm_step(
             self.x,
@@ -169,7 +186,10 @@ class Loop:
                 self.fed[:, inside] = self.x[first:last]
             fed = self.fed.flatten(0, 1)
         labels = (self.labels[i].flatten(0, 1),) if self.labels else ()
-        m = prediction(self.plan.model(fed, self.t, *labels), fed)
+        if self.plan.fused is not None:
+            m = self.plan.fused.at_rows(fed, self.row, labels[0] if labels else None, self.fused_m)
+        else:
+            m = prediction(self.plan.model(fed, self.t, *labels), fed)
         if m.untyped_storage().data_ptr() == fed.untyped_storage().data_ptr():
             m = m.clone()  # the network gave its input back, which ddpm_step is about to write to
         if self.layout.guided:

@@ -36,12 +36,13 @@ def eval_mode(model: Model) -> Iterator[None]:
 
 
 def device_of(model: Model) -> torch.device | None:
-    """The device of the first parameter or buffer, None where there is none."""
+    """The device of the first parameter or buffer, or `model.device` of what is no Module; None where there is none."""
     module = module_of(model)
     if module is not None:
         for tensor in (*module.parameters(), *module.buffers()):
             return tensor.device
-    return None
+    device = getattr(model, "device", None)
+    return device if isinstance(device, torch.device) else None
 
 
 def dtype_of(model: Model) -> torch.dtype:

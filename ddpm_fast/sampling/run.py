@@ -85,6 +85,8 @@ class Run:
         with self.open():
             for row in range(self.begin.start, len(self.plan.steps)):
                 with self.running():
+                    if self.plan.fused is not None:  # the caller had the model in hand meanwhile
+                        self.plan.fused.refresh_if_changed(full=False)
                     self.advance(row)
                     self.check()
                 t = int(self.plan.steps.timesteps[row])

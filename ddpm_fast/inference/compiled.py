@@ -1,0 +1,319 @@
+"""`Compiled`: a model read into a network, and a plan for every batch and image size that comes along."""
+
+from __future__ import annotations
+
+import threading
+import time
+import weakref
+from collections import OrderedDict
+
+import torch
+from torch import Tensor, nn
+
+from . import native
+from .candidate import Packs
+from .known import read
+from .module import Modules
+from .network import Network
+from .plan import Plan
+from .planner import make
+from .times import embed, table
+from .watch import Watch
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+KEPT_PLANS = 8
+
+
+class Compiled:
+    """A fused inference plan of a model: call it as `m = compiled(x, t)` or `compiled(x, t, labels)`.
+
+    Made by `ddpm_fast.inference.compile`, which says what the arguments mean. The model stays the caller's: it is read,
+    never written to, and its weights are watched (see `refresh`). Results carry no gradients. Calls from several
+    threads take turns.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        dtype: torch.dtype | None = None,
+        timesteps: Tensor | None = None,
+        deterministic: bool = False,
+        verbose: bool = False,
+    ) -> None:
+        if dtype is None:
+            dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+        if dtype not in DTYPES:
+            known = ", ".join(str(known) for known in DTYPES)
+            raise ValueError(f"dtype must be one of {known}, got {dtype}; a fused plan computes in no other")
+        if timesteps is not None and (timesteps.dim() != 1 or timesteps.dtype == torch.bool or timesteps.is_complex()):
+            raise ValueError(f"timesteps must be a tensor [rows] of real numbers, got {tuple(timesteps.shape)}")
+        self.model, self.dtype = model, dtype
+        self.deterministic, self.verbose = deterministic, verbose
+        self._timesteps = timesteps
+        self._lock = threading.RLock()
+        self._build()
+
+    # -- what a Sampler asks ----------------------------------------------------------------------------------------
+
+    @property
+    def in_channels(self) -> int:
+        """Channels of the images, in and out."""
+        return self._network.in_channels
+
+    @property
+    def num_classes(self) -> int | None:
+        """K of a class-conditional model; label K means "none"."""
+        return self._network.time.null_label
+
+    @property
+    def null_label(self) -> int | None:
+        """The label that means "none"; None for an unconditional model."""
+        return self._network.time.null_label
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model was when its weights were read."""
+        return self._network.time.weight.device
+
+    # -- running ------------------------------------------------------------------------------------------------------
+
+    def __call__(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
+        """m = model(x, t, labels): float32 (N, C, H, W), contiguous.
+
+        x: (N, C, H, W), any float dtype, on `device`. t: (N,), integer or floating. labels: (N,) int64 or int32.
+        Raises ValueError for what the model itself would refuse, for a model in training mode, for x on another device
+        and for x that requires a gradient.
+        """
+        with self._lock, torch.inference_mode(False), torch.no_grad():
+            self._look(full=False)
+            self._check(x, labels)
+            if t.shape != x.shape[:1]:
+                raise ValueError(f"t must have shape ({x.shape[0]},), one per image, got {tuple(t.shape)}")
+            if t.dtype == torch.bool or t.is_complex():
+                raise ValueError(f"t must be an integer or floating tensor, got {t.dtype}")
+            out = torch.empty(x.shape, dtype=torch.float32, device=x.device)
+            if not x.shape[0]:
+                return out
+            plan = self.plan(x.shape[0], x.shape[2], x.shape[3])
+            if plan.module is not None:
+                return out.copy_(plan.module(x, t, labels))
+            embed(self._network.time, t.to(x.device), plan.own_table)
+            self._load(plan, labels)
+            plan.run(_plain(x), out, plan.own_table, plan.own_rows)
+            return out
+
+    def at_rows(self, x: Tensor, rows: Tensor, labels: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+        """The same at t = timesteps[rows], whose embeddings were computed beforehand. What a sampling step calls.
+
+        rows: int64 [1] or [N], on `device`; nothing waits for it there. out: float32 (N, C, H, W) contiguous, written
+        and returned. The weights are looked at by `refresh_if_changed`, which the caller calls once per run.
+        """
+        with self._lock, torch.inference_mode(False), torch.no_grad():
+            self._check(x, labels)
+            table, timesteps = self._check_rows(x, rows)
+            if out is None:
+                out = torch.empty(x.shape, dtype=torch.float32, device=x.device)
+            elif out.shape != x.shape or out.dtype != torch.float32 or not out.is_contiguous() or _same(out, x):
+                raise ValueError(f"out must be float32 {tuple(x.shape)}, contiguous and not x, got {_what(out)}")
+            if not x.shape[0]:
+                return out
+            plan = self.plan(x.shape[0], x.shape[2], x.shape[3])
+            plan.rows.copy_(rows)
+            if plan.module is not None:
+                return out.copy_(plan.module(x, timesteps.index_select(0, plan.rows), labels))
+            self._load(plan, labels)
+            plan.run(_plain(x), out, table, plan.rows)
+            return out
+
+    def step_at_rows(
+        self,
+        x: Tensor,
+        rows: Tensor,
+        labels: Tensor | None,
+        steps: tuple[Tensor, Tensor],
+        rng: Tensor,
+        bad_row: Tensor,
+        x0_out: Tensor | None = None,
+    ) -> None:
+        """ops.ddpm_step(x, at_rows(x, rows, labels), *steps, rows, rng, bad_row=..., x0_out=...) with the last layer in
+        the same pass. For plans whose `step` is not None; x: float32, contiguous, changed in place. rows: [1].
+        """
+        with self._lock, torch.inference_mode(False), torch.no_grad():
+            self._check(x, labels)
+            table, _ = self._check_rows(x, rows)
+            plan = self.plan(x.shape[0], x.shape[2], x.shape[3])
+            assert plan.step is not None
+            plan.rows.copy_(rows)
+            self._load(plan, labels)
+            plan.run_all_but_last(x, table, plan.rows)
+            plan.step(x, *steps, rows, rng, bad_row, x0_out)
+
+    def prepare(self, n: int, shape: tuple[int, ...]) -> Plan:
+        """Makes the plan for n images of this shape (C, H, W), so that the first call does not have to.
+
+        ValueError for a shape that the model cannot take. Who captures a CUDA graph of `at_rows` must hold the result:
+        plans that nobody holds and that were not used lately are dropped, with their buffers.
+        """
+        self._check_shape((n, *shape))
+        return self.plan(n, shape[1], shape[2])
+
+    def plan(self, n: int, h: int, w: int) -> Plan:
+        """The plan for n images of h x w pixels, made now if it is new."""
+        key: tuple[object, ...] = (n, h, w)
+        if self.device.type == "cpu":
+            key = (*key, torch.get_num_threads(), native.isa_mask())
+        with self._lock, torch.inference_mode(False), torch.no_grad():
+            if key in self._plans:
+                self._plans.move_to_end(key)
+                return self._plans[key]
+            begun = time.perf_counter()
+            plan = make(self._network, n, h, w, self.dtype, self._packs, self._modules, self.deterministic)
+            self._plans[key] = plan
+            self._living.add(plan)
+            while len(self._plans) > KEPT_PLANS:
+                self._plans.popitem(last=False)
+            self._packs.keep({name for one in self._living for name in one.uses})
+            self._modules.keep({one.module for one in self._living if one.module is not None})
+        if self.verbose:
+            print(f"fused plan made in {time.perf_counter() - begun:.2f} s: {plan}")
+        return plan
+
+    # -- weights ------------------------------------------------------------------------------------------------------
+
+    def refresh(self) -> None:
+        """Reads the model's weights again. Plans and their choices stay, and packed weights stay where they are.
+
+        Done without being asked when a call finds the weights changed. A call looks at what PyTorch counts (in-place
+        writes, load_state_dict, optimiser steps, replaced or moved parameters) and on a CPU at some values of every
+        tensor; a write through `.data` to other values is found by the next `refresh_if_changed`, at the latest.
+        """
+        with self._lock, torch.inference_mode(False), torch.no_grad():
+            network = read(self.model)
+            old, new = self._network.tensors(), network.tensors()
+            if [(a.shape, a.device) for a in old] != [(b.shape, b.device) for b in new]:
+                self._build()
+                return
+            for kept, read_now in zip(old, new, strict=True):
+                kept.copy_(read_now)
+            self._packs.refresh()
+            if self._table is not None and self._timesteps is not None:
+                self._table.copy_(table(self._network.time, self._timesteps))
+            for module in self._modules.values():
+                module.refresh()
+            self._watch.note()
+
+    def refresh_if_changed(self, full: bool = True) -> None:
+        """Compares the model's weights with those that the plans are made of, and refreshes if they differ.
+
+        full: all of them, which takes milliseconds and on a GPU waits for it; else as a call does. ValueError for a
+        model in training mode.
+        """
+        with self._lock:
+            self._look(full)
+
+    # -- inside -------------------------------------------------------------------------------------------------------
+
+    def _build(self) -> None:
+        self._network: Network = read(self.model)
+        self._watch = Watch(self.model)
+        self._packs = Packs()
+        self._plans: OrderedDict[tuple[object, ...], Plan] = OrderedDict()
+        self._living: weakref.WeakSet[Plan] = weakref.WeakSet()  # those that a captured graph holds, too
+        self._modules = Modules(self.model)
+        self._table: Tensor | None = None
+        if self._timesteps is not None:
+            with torch.inference_mode(False), torch.no_grad():
+                self._timesteps = self._timesteps.detach().to(self.device, copy=True)
+                self._table = table(self._network.time, self._timesteps)
+
+    def _look(self, full: bool) -> None:
+        """The model as it is now: in eval mode, and the plans made of its present weights."""
+        watch = self._watch
+        if watch.training():
+            raise ValueError(
+                "the model is in training mode, where BatchNorm and dropout depend on the batch; a fused plan computes "
+                "what eval mode computes: call model.eval() first"
+            )
+        changed = watch.contents_changed() if full else watch.moved() or watch.sampled_changed()
+        if changed:
+            self.refresh()
+
+    def _check(self, x: Tensor, labels: Tensor | None) -> None:
+        """As the model's own checks, in its words."""
+        network = self._network
+        self._check_shape(tuple(x.shape))
+        if not x.is_floating_point():
+            raise ValueError(f"x must be a floating tensor, got {x.dtype}")
+        if x.device != self.device:
+            raise ValueError(f"x must be on {self.device}, where the model is, got {x.device}")
+        if x.requires_grad:
+            raise ValueError("x requires a gradient, which a fused plan does not compute; call the model itself")
+        if labels is None:
+            return
+        if network.time.null_label is None:
+            raise ValueError("labels were given to an unconditional UNet; build it with num_classes=K")
+        if labels.shape != x.shape[:1]:
+            raise ValueError(f"labels must have shape ({x.shape[0]},), got {tuple(labels.shape)}")
+        if labels.dtype not in (torch.int64, torch.int32):
+            raise ValueError(f"labels must be int64 or int32, got {labels.dtype}")
+        if labels.device.type == "cpu":
+            _in_range("labels", labels, network.time.null_label, "no label")
+
+    def _check_shape(self, shape: tuple[int, ...]) -> None:
+        channels, m = self._network.in_channels, self._network.divisor
+        if len(shape) != 4 or shape[1] != channels:
+            raise ValueError(f"x must have shape (N, {channels}, H, W), got {shape}")
+        h, w = shape[2:]
+        if h % m or w % m or not h or not w:
+            fit = tuple(max(-(-size // m), 1) * m for size in (h, w))
+            raise ValueError(
+                f"height and width of x must be multiples of {m}, got ({h}, {w}); pad or resize to the next valid size "
+                f"{fit}"
+            )
+
+    def _check_rows(self, x: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """The time table and its timesteps, which these rows are in, as far as the host can see."""
+        if self._table is None or self._timesteps is None:
+            raise ValueError("at_rows needs the timesteps beforehand: compile(model, timesteps=...)")
+        if rows.dtype != torch.int64 or rows.shape not in ((1,), x.shape[:1]):
+            raise ValueError(f"rows must be int64 of shape (1,) or ({x.shape[0]},), got {rows.dtype} {rows.shape}")
+        if rows.device.type == "cpu":
+            _in_range("rows", rows, len(self._table) - 1, "the last of timesteps")
+        return self._table, self._timesteps
+
+    def _load(self, plan: Plan, labels: Tensor | None) -> None:
+        if plan.label_rows is None:
+            return
+        if labels is None:
+            assert self.null_label is not None
+            plan.label_rows.fill_(self.null_label)
+        else:
+            plan.label_rows.copy_(labels)
+
+    def describe(self, n: int, h: int, w: int) -> str:
+        """The plan for this size, a line per layer: what was chosen, its microseconds, and the runners-up."""
+        return str(self.plan(n, h, w))
+
+    def __repr__(self) -> str:
+        name = type(self.model).__name__
+        return f"Compiled({name}, {self.dtype}, {self.device}, {len(self._plans)} plans)"
+
+
+def _plain(x: Tensor) -> Tensor:
+    return x.detach().to(torch.float32).contiguous()
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
+
+
+def _what(x: Tensor) -> str:
+    return f"{x.dtype} {tuple(x.shape)} with strides {x.stride()}"
+
+
+def _in_range(name: str, values: Tensor, most: int, meaning: str) -> None:
+    if values.numel():
+        low, high = (int(value) for value in torch.aminmax(values))
+        if low < 0 or high > most:
+            raise ValueError(f"{name} must be in 0..{most} ({most} = {meaning}), got {low}..{high}")

@@ -1,0 +1,154 @@
+"""Our own C++ layers as candidates, and neighbours of them joined into one `_C.Program`, so that a call runs many."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..backends import native as extension
+from .candidate import Candidate, Frame, Place, pixel_stride
+from .network import Conv, Layer, Output, Up
+
+ISA_VARIABLE = "DDPM_FAST_CPU_ISA"
+STORED = {torch.bfloat16: "bf16", torch.float32: "f32"}
+TRIED_ISAS = {"bf16": 2, "f32": 1}  # best first; a matrix unit does not win everywhere, wider vectors do
+MULTIPLE = 16  # of channels, the image's own apart
+KINDS = ("window", "winograd", "direct")
+
+
+def available() -> bool:
+    """Whether the extension is there and has inference layers. (One built from an older version has none.)"""
+    return extension._C is not None and hasattr(extension._C, "Program")
+
+
+def isas(dtype: torch.dtype | None = None) -> list[str]:
+    """The instruction sets with which this CPU runs layers that store `dtype` (None: any), best first.
+
+    The environment variable DDPM_FAST_CPU_ISA leaves out what is better than the one that it names.
+    """
+    if not available():
+        return []
+    found: list[tuple[str, str]] = extension._C.inference_isas()
+    return [name for name, stored in found if dtype is None or stored == STORED.get(dtype)]
+
+
+def isa_mask() -> str:
+    """What DDPM_FAST_CPU_ISA says now; part of what a measurement depends on."""
+    return os.environ.get(ISA_VARIABLE, "")
+
+
+@dataclasses.dataclass(frozen=True)
+class Native:
+    """One kind of layer, compiled for one instruction set."""
+
+    kind: str
+    isa: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.kind} {self.isa}"
+
+    def prepare(self, layer: Layer, place: Place) -> NativeLayer:
+        return NativeLayer(self.kind, self.isa, layer, place)
+
+
+def candidates(layer: Layer, n: int, h: int, w: int, dtype: torch.dtype, device: torch.device) -> list[Candidate]:
+    """What can serve this layer here, in the order in which `deterministic` takes them. h, w: of its source."""
+    if device.type != "cpu":
+        return []
+    channels = {layer.weight.shape[0], layer.weight.shape[1]}
+    if isinstance(layer, Conv):
+        kinds = ["first"] if layer.source is None else list(KINDS)
+        if layer.source is None:
+            channels = {layer.weight.shape[0]}
+        if "window" in kinds and not h == w == 2:
+            kinds.remove("window")
+        if layer.pooled is not None and (h % 2 or w % 2):
+            return []
+    elif isinstance(layer, Up):
+        kinds = ["up"]
+    else:
+        kinds, channels = ["output"], {layer.weight.shape[1]}
+    if any(count % MULTIPLE for count in channels):
+        return []
+    return [Native(kind, isa) for isa in isas(dtype)[: TRIED_ISAS.get(STORED.get(dtype, ""), 0)] for kind in kinds]
+
+
+class NativeLayer:
+    """A layer bound to its buffers: a call of its own, or part of a longer `Program` through `add`."""
+
+    def __init__(self, kind: str, isa: str, layer: Layer, place: Place) -> None:
+        self.kind, self.isa, self.layer, self.place = kind, isa, layer, place
+        self.packed = place.packs.get(layer, (kind, isa), functools.partial(_pack, kind, isa, layer))
+        self._own: Run | None = None
+
+    def add(self, program: Any) -> None:
+        """Appends this layer to a `_C.Program`."""
+        layer, place = self.layer, self.place
+        out, c = _channels(layer)
+        size = (place.n, place.h, place.w, c, out)
+        weights = (self.packed.data_ptr(), layer.bias.data_ptr())
+        source, target, pooled = _where(place.source), _where(place.target), _where(place.pooled)
+        if isinstance(layer, Conv):
+            temb = -1 if layer.temb is None else layer.temb
+            if layer.source is None:
+                program.first(self.isa, *size, *weights, layer.silu, temb, *target, *pooled)
+            else:
+                program.conv(self.kind, self.isa, *size, *source, *weights, layer.silu, temb, *target, *pooled)
+        elif isinstance(layer, Up):
+            program.up(self.isa, *size, *source, *weights, *target)
+        else:
+            assert isinstance(layer, Output)
+            program.output(self.isa, *size, *source, *weights)
+
+    def __call__(self, frame: Frame) -> None:
+        if self._own is None:
+            self._own = Run([self])
+        self._own(frame)
+
+
+def _channels(layer: Layer) -> tuple[int, int]:
+    """(out, in); a transposed convolution keeps its weight the other way round."""
+    first, second = layer.weight.shape[:2]
+    return (second, first) if isinstance(layer, Up) else (first, second)
+
+
+def _pack(kind: str, isa: str, layer: Layer) -> Tensor:
+    """The layer's weights as that kind of layer reads them. Holds on to nothing but the layer: it outlives plans."""
+    out, c = _channels(layer)
+    packed = torch.zeros(extension._C.packed_bytes(kind, isa, out, c), dtype=torch.uint8)
+    assert packed.data_ptr() % 64 == 0, "torch aligns its allocations on a CPU to 64 bytes"
+    extension._C.pack(kind, isa, out, c, layer.weight.data_ptr(), packed.data_ptr(), torch.get_num_threads())
+    return packed
+
+
+def _where(view: Tensor | None) -> tuple[int, int]:
+    """Address and pixel stride; 0, 0 for none."""
+    return (0, 0) if view is None else (view.data_ptr(), pixel_stride(view))
+
+
+class Run:
+    """Neighbouring native layers as one program. Keeps alive what the program has only the addresses of."""
+
+    def __init__(self, layers: list[NativeLayer]) -> None:
+        self.layers = layers
+        self._program = extension._C.Program(layers[0].place.columns)
+        for layer in layers:
+            layer.add(self._program)
+
+    def __call__(self, frame: Frame) -> None:
+        label_table, label_rows = frame.label_table, frame.label_rows
+        self._program.run(
+            frame.x.data_ptr(),
+            frame.out.data_ptr(),
+            frame.time_table.data_ptr(),
+            frame.time_rows.data_ptr(),
+            0 if label_table is None else label_table.data_ptr(),
+            0 if label_rows is None else label_rows.data_ptr(),
+            torch.get_num_threads(),
+        )

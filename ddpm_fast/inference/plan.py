@@ -1,0 +1,151 @@
+"""A network placed in memory for one batch and image size: static buffers, and per layer one implementation."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import library, native
+from .candidate import Bound, Candidate, Frame, PackName, Packs, Place
+from .ending import Step, gpu
+from .module import Module
+from .network import Conv, Layer, Network, Output, Slice, Up
+from .trial import Ranking
+
+DIRECT_PIXELS = 64  # fewer than this in a batch and Winograd's larger weights cost more than its fewer products save
+
+
+def listed(layer: Layer, place: Place) -> list[Candidate]:
+    """Every implementation that may serve this layer there, ours first."""
+    arguments = (layer, place.n, place.h, place.w, place.dtype, place.device)
+    found = native.candidates(*arguments)
+    if place.n * place.h * place.w < DIRECT_PIXELS:
+        found.sort(key=lambda candidate: candidate.name.startswith("winograd"))
+    kernels = gpu() if place.device.type == "cuda" else None
+    if kernels is not None:
+        found += kernels.candidates(*arguments)
+    return [*found, *library.candidates(*arguments)]
+
+
+def places(
+    network: Network, n: int, h: int, w: int, dtype: torch.dtype, device: torch.device, packs: Packs
+) -> list[Place]:
+    """Allocates the buffers and says, layer by layer, where each works."""
+    buffers: dict[str, Tensor] = {}
+    columns = network.time.weight.shape[0]
+
+    def view(part: Slice | None) -> Tensor | None:
+        if part is None:
+            return None
+        buffer = part.buffer
+        if buffer.name not in buffers:
+            size = (n, h >> buffer.level, w >> buffer.level, buffer.channels)
+            buffers[buffer.name] = torch.zeros(size, dtype=dtype, device=device)
+        return buffers[buffer.name].narrow(3, part.first, part.channels)
+
+    result = []
+    for layer in network.layers:
+        source = view(layer.source)
+        target = None if isinstance(layer, Output) else view(layer.target)
+        pooled = view(layer.pooled) if isinstance(layer, Conv) else None
+        size = (h, w) if source is None else (source.shape[1], source.shape[2])
+        result.append(Place(n, *size, dtype, device, source, target, pooled, columns, packs))
+    return result
+
+
+def frame_for(network: Network, n: int, h: int, w: int, device: torch.device) -> Frame:
+    """Normal images at timesteps spread over 0..999, without labels: what a trial runs on."""
+    x = torch.randn(n, network.in_channels, h, w, generator=torch.Generator().manual_seed(0)).to(device)
+    t = torch.linspace(0, 999, n, device=device).round()
+    time = network.time
+    temb = torch.addmm(time.bias, time.features(t).float(), time.weight.T)
+    rows = torch.arange(n, device=device)
+    labels = None if time.null_label is None else torch.full_like(rows, time.null_label)
+    return Frame(x, torch.zeros_like(x), temb, rows, time.labels, labels)
+
+
+class Plan:
+    """Runs the network on n images of h x w pixels. One run at a time: the buffers are shared by all of them.
+
+    dtype: of the activations. rows, label_rows: static int64 [n], for the caller to write before a run. choices: per
+    layer what was chosen and how long everything took. uses: the packed weights that it needs.
+    """
+
+    def __init__(
+        self,
+        network: Network,
+        n: int,
+        h: int,
+        w: int,
+        dtype: torch.dtype,
+        bounds: list[Bound],
+        choices: list[Ranking],
+        uses: set[PackName],
+    ) -> None:
+        self.n, self.h, self.w, self.dtype = n, h, w, dtype
+        self.network, self.choices, self.uses = network, choices, uses
+        self.module: Module | None = None  # the model itself, where it was seen to be faster
+        self.step: Step | None = None  # last layer and reverse step in one, where that pays
+        device, columns = network.time.weight.device, network.time.weight.shape[0]
+        self.rows = torch.zeros(n, dtype=torch.int64, device=device)
+        self.own_table = torch.zeros(n, columns, device=device)
+        self.own_rows = torch.arange(n, device=device)
+        null = network.time.null_label
+        self.label_rows = None if null is None else torch.full_like(self.rows, null)
+        self._bounds = joined(bounds)
+        self._separate, self._before_last = bounds, list[Bound]()
+
+    def run(self, x: Tensor, out: Tensor, time_table: Tensor, time_rows: Tensor) -> None:
+        """x, out: float32 (n, C, h, w) contiguous, not the same memory."""
+        frame = Frame(x, out, time_table, time_rows, self.network.time.labels, self.label_rows)
+        for bound in self._bounds:
+            bound(frame)
+
+    def run_all_but_last(self, x: Tensor, time_table: Tensor, time_rows: Tensor) -> None:
+        """What comes before `step`, which does the rest."""
+        if not self._before_last:
+            self._before_last = joined(self._separate[:-1])
+        frame = Frame(x, x, time_table, time_rows, self.network.time.labels, self.label_rows)
+        for bound in self._before_last:
+            bound(frame)
+
+    def __str__(self) -> str:
+        head = f"{self.n} images of {self.h} x {self.w}, activations in {self.dtype}, {len(self._bounds)} calls a step"
+        if self.step is not None:
+            head += ", last layer and reverse step in one"
+        if self.module is not None:
+            head += f"; not used: the model as it is was faster, in {self.module.dtype}"
+        lines = [head]
+        for ranking in self.choices:
+            shown = [name if us is None else f"{name} {us:.0f} us" for name, us in ranking.times]
+            others = f"   ({', '.join(shown[1:])})" if len(shown) > 1 else ""
+            lines.append(f"  {ranking.layer:<18} {shown[0]}{others}")
+        measured = [us for us in (ranking.times[0][1] for ranking in self.choices) if us is not None]
+        if measured:
+            lines.append(f"  {'sum':<18} {sum(measured):.0f} us")
+        return "\n".join(lines)
+
+
+def joined(bounds: list[Bound]) -> list[Bound]:
+    """The same work with every run of neighbouring native layers as one call."""
+    result: list[Bound] = []
+    together: list[native.NativeLayer] = []
+    for bound in bounds:
+        if isinstance(bound, native.NativeLayer):
+            together.append(bound)
+            continue
+        if together:
+            result.append(native.Run(together))
+            together = []
+        result.append(bound)
+    return [*result, native.Run(together)] if together else result
+
+
+def signature(layer: Layer, place: Place) -> tuple[object, ...]:
+    """What a layer's speed depends on, besides the machine."""
+    strides = tuple(None if view is None else view.stride(2) for view in (place.source, place.target, place.pooled))
+    extra: tuple[object, ...] = ()
+    if isinstance(layer, Conv):
+        extra = (layer.silu, layer.temb is not None)
+    kind = "up" if isinstance(layer, Up) else type(layer).__name__.lower()
+    return (kind, tuple(layer.weight.shape), *extra, place.n, place.h, place.w, *strides)

@@ -1,0 +1,125 @@
+// One layer of each kind through Program with the AMX kernels on emulated tiles, next to the plain float32 kernels on
+// the same numbers, on one thread and on three. Prints the relative errors that are too large; their number is the
+// status.
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <memory>
+#include <vector>
+
+#include "../../csrc/cpu/inference/isa.h"
+#include "../../csrc/cpu/inference/program.h"
+
+namespace ddpm_fast::inference {
+
+// In place of isa.cpp, which would ask for the processor's own AMX.
+const Kernels& float_kernels(const Kernels&) { return *kernels_plain(); }
+
+}  // namespace ddpm_fast::inference
+
+namespace {
+
+using namespace ddpm_fast::inference;
+using Floats = std::vector<float>;
+
+Floats numbers(int64_t count, uint32_t seed) {
+  Floats values(static_cast<size_t>(count));
+  for (float& value : values) {
+    seed = seed * 1664525u + 1013904223u;
+    value = static_cast<float>(seed >> 24) / 128.0f - 1.0f;  // eight bits: bfloat16 holds them
+  }
+  return values;
+}
+
+// Activations as the kernels store them.
+class Buffer {
+ public:
+  Buffer(const Kernels& kernels, int64_t count) : half_(kernels.half), bytes_(static_cast<size_t>(count) * width()) {}
+  Buffer(const Kernels& kernels, const Floats& values) : Buffer(kernels, static_cast<int64_t>(values.size())) {
+    for (size_t i = 0; i < values.size(); ++i)
+      std::memcpy(&bytes_[i * width()], reinterpret_cast<const char*>(&values[i]) + 4 - width(), width());
+  }
+  void* data() { return bytes_.data(); }
+  Floats floats() const {
+    Floats values(bytes_.size() / width());
+    for (size_t i = 0; i < values.size(); ++i)
+      std::memcpy(reinterpret_cast<char*>(&values[i]) + 4 - width(), &bytes_[i * width()], width());
+    return values;
+  }
+
+ private:
+  size_t width() const { return half_ ? 2 : 4; }
+  bool half_;
+  std::vector<char> bytes_;
+};
+
+// What the layer makes of the numbers: its output and then the pooled output, if there is one.
+Floats result(const Kernels& kernels, Kind kind, const Sizes& s, bool pool, int threads) {
+  const int64_t pixels = s.n * s.h * s.w, columns = s.out, taps = kind == Kind::up ? 4 : kind == Kind::output ? 1 : 9;
+  const Floats weight = numbers(taps * s.in * s.out, 1), bias = numbers(s.out, 2), x = numbers(pixels * s.in, 3);
+  const Floats times = numbers(3 * columns, 4), labels = numbers(2 * columns, 5);
+  const std::vector<int64_t> rows(static_cast<size_t>(s.n), 2), label_rows(static_cast<size_t>(s.n), 1);
+  const Packing packing(kind, kernels, s.out, s.in);
+  std::vector<char> packed(static_cast<size_t>(packing.bytes()) + 64);
+  char* aligned = packed.data() + (64 - reinterpret_cast<uintptr_t>(packed.data()) % 64) % 64;
+  pack(kind, kernels, s.out, s.in, weight.data(), aligned, threads);
+
+  Buffer source(kernels, x), target(kernels, pixels * (kind == Kind::up ? 4 : 1) * s.out);
+  Buffer pooled(kernels, pool ? pixels / 4 * s.out : 0);
+  Floats image(static_cast<size_t>(pixels * s.out));
+  const Place from = {source.data(), s.in}, to = {target.data(), s.out};
+  const Place small = {pool ? pooled.data() : nullptr, s.out};
+  Program program(columns);
+  if (kind == Kind::up)
+    program.add(std::make_unique<Upsampling>(kernels, s, from, to, aligned, bias.data()));
+  else if (kind == Kind::output)
+    program.add(std::make_unique<Output>(kernels, s, from, aligned, bias.data()));
+  else
+    program.add(
+        std::make_unique<Convolution>(
+            kind, kernels, s, Convolution::Ends{from, to, small, true, 0}, aligned, bias.data()
+        )
+    );
+  Run run;
+  run.x = x.data();
+  run.out = image.data();
+  run.time_table = times.data();
+  run.time_rows = rows.data();
+  run.label_table = labels.data();
+  run.label_rows = label_rows.data();
+  program.run(run, threads);
+  Floats values = kind == Kind::output ? image : target.floats();
+  const Floats more = pooled.floats();
+  values.insert(values.end(), more.begin(), more.end());
+  return values;
+}
+
+int check(const char* name, Kind kind, const Sizes& sizes, bool pool, double most) {
+  const Floats exact = result(*kernels_plain(), kind, sizes, pool, 1);
+  const Floats got = result(*kernels_amx_bf16(), kind, sizes, pool, 1);
+  double error = 0, size = 0;
+  for (size_t i = 0; i < exact.size(); ++i) {
+    error += std::pow(got[i] - exact[i], 2);
+    size += std::pow(exact[i], 2);
+  }
+  error = std::sqrt(error / size);
+  const bool same = got == result(*kernels_amx_bf16(), kind, sizes, pool, 3);
+  std::printf("%s: relative error %.2g%s\n", name, error, same ? "" : "; other bits on three threads");
+  return !(error <= most && same);
+}
+
+}  // namespace
+
+int main() {
+  // A stored bfloat16 is off by 2^-9 at most; Winograd's transformed inputs and weights are rounded as well.
+  int wrong = check("winograd", Kind::winograd, {2, 8, 8, 48, 80}, true, 6e-3);
+  wrong += check("winograd, odd size", Kind::winograd, {1, 5, 7, 32, 16}, false, 6e-3);
+  wrong += check("winograd, many rows", Kind::winograd, {3, 16, 16, 16, 48}, true, 6e-3);
+  wrong += check("window", Kind::window, {5, 2, 2, 64, 64}, true, 6e-3);
+  wrong += check("direct", Kind::direct, {2, 6, 4, 48, 64}, true, 4e-3);
+  wrong += check("direct, odd size", Kind::direct, {1, 3, 5, 16, 96}, false, 4e-3);
+  wrong += check("first", Kind::first, {2, 8, 8, 3, 32}, true, 4e-3);
+  wrong += check("up", Kind::up, {3, 4, 6, 48, 32}, false, 4e-3);
+  wrong += check("output", Kind::output, {2, 8, 8, 32, 3}, false, 1e-5);
+  return wrong;
+}
