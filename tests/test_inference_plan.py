@@ -103,6 +103,28 @@ def test_the_image_may_come_in_any_form(form) -> None:
     assert torch.equal(inference.compile(net)(given[form], t.to(torch.int32)), expected)
 
 
+@pytest.mark.parametrize(
+    "t",
+    [
+        torch.tensor([0, 999, 7]),
+        torch.tensor([1000, 3999, 3], dtype=torch.int32),
+        torch.tensor([4000, 10**6, 0]),
+        torch.tensor([-1, 5, 2]),
+        torch.tensor([0.25, 998.5, 1234.0]),
+    ],
+    ids=["tabulated", "table grown", "beyond the table", "negative", "floating"],
+)
+def test_any_timestep_is_embedded_as_by_the_model(t, one_thread) -> None:
+    net = make_unet(width=16, depth=1)
+    compiled = inference.compile(net, deterministic=True)
+    x, _ = inputs(3, (3, 4, 4))
+    for _ in range(2):  # the second call finds what the first one kept
+        assert relative_error(compiled(x, t), exact(net, x, t)) < 1e-5
+        with torch.no_grad():
+            net.down1.time_mlp.weight.mul_(1.5)
+        assert relative_error(compiled(x, t), exact(net, x, t)) < 1e-5
+
+
 def test_no_images_are_none() -> None:
     assert inference.compile(make_unet())(torch.zeros(0, 3, 8, 8), torch.zeros(0)).shape == (0, 3, 8, 8)
 

@@ -22,6 +22,8 @@ from .watch import Watch
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 KEPT_PLANS = 8
+TABLED = 1000  # integer timesteps are tabulated by so many
+MOST_TABLED = 4000
 
 
 class Compiled:
@@ -52,6 +54,7 @@ class Compiled:
         self.deterministic, self.verbose = deterministic, verbose
         self._timesteps = timesteps
         self._lock = threading.RLock()
+        self._integers: Tensor | None = None  # the embeddings of t = 0, 1, 2, ... so far
         self._build()
 
     # -- what a Sampler asks ----------------------------------------------------------------------------------------
@@ -98,9 +101,8 @@ class Compiled:
             plan = self.plan(x.shape[0], x.shape[2], x.shape[3])
             if plan.module is not None:
                 return out.copy_(plan.module(x, t, labels))
-            embed(self._network.time, t.to(x.device), plan.own_table)
             self._load(plan, labels)
-            plan.run(_plain(x), out, plan.own_table, plan.own_rows)
+            plan.run(_plain(x), out, *self._embedded(plan, t.to(x.device)))
             return out
 
     def at_rows(self, x: Tensor, rows: Tensor, labels: Tensor | None = None, out: Tensor | None = None) -> Tensor:
@@ -197,6 +199,7 @@ class Compiled:
             for kept, read_now in zip(old, new, strict=True):
                 kept.copy_(read_now)
             self._packs.refresh()
+            self._integers = None
             if self._table is not None and self._timesteps is not None:
                 self._table.copy_(table(self._network.time, self._timesteps))
             for module in self._modules.values():
@@ -221,6 +224,7 @@ class Compiled:
         self._plans: OrderedDict[tuple[object, ...], Plan] = OrderedDict()
         self._living: weakref.WeakSet[Plan] = weakref.WeakSet()  # those that a captured graph holds, too
         self._modules = Modules(self.model)
+        self._integers = None
         self._table: Tensor | None = None
         if self._timesteps is not None:
             with torch.inference_mode(False), torch.no_grad():
@@ -281,6 +285,23 @@ class Compiled:
         if rows.device.type == "cpu":
             _in_range("rows", rows, len(self._table) - 1, "the last of timesteps")
         return self._table, self._timesteps
+
+    def _embedded(self, plan: Plan, t: Tensor) -> tuple[Tensor, Tensor]:
+        """A time table, and the rows of it that belong to t.
+
+        On a CPU those of small integers are kept: beside the time saved, a product in every call would wake torch's
+        threads, which then spin on the cores that the plan wants.
+        """
+        if t.device.type == "cpu" and not t.is_floating_point():
+            plan.rows.copy_(t)
+            low, high = int(plan.rows.min()), int(plan.rows.max())
+            if low >= 0 and high < MOST_TABLED:
+                if self._integers is None or len(self._integers) <= high:
+                    integers = torch.arange((high // TABLED + 1) * TABLED)
+                    self._integers = table(self._network.time, integers)
+                return self._integers, plan.rows
+        embed(self._network.time, t, plan.own_table)
+        return plan.own_table, plan.own_rows
 
     def _load(self, plan: Plan, labels: Tensor | None) -> None:
         if plan.label_rows is None:
