@@ -25,7 +25,8 @@ test: $(VENV)/.installed
 	$(BIN)/python -m pytest -n $(TEST_WORKERS) $(PYTEST_ARGS)
 
 bench: $(VENV)/.installed
-	$(BIN)/python benchmarks/cases.py
+	$(BIN)/python benchmarks/run.py $(BENCH_ARGS)
+	$(BIN)/python benchmarks/report.py benchmarks/results/*.json
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -9,15 +9,16 @@ compiled baselines draw their noise with torch.randn_like, as a user's own code 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
-import platform
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from timing import Timing, copy_bandwidth, interleaved
+from machine import facts
+from timing import Timing, copy_bandwidth, interleaved_rounds, ratios
 from torch import Tensor
 
 import ddpm_fast
@@ -193,12 +194,68 @@ def verify(case: Case, dtype: torch.dtype, device: torch.device) -> str | None:
     return None if close else "further than rounding from the reference"
 
 
-def measure(case: Case, inputs: Inputs, device: torch.device, budget: float) -> dict[str, Timing]:
-    """ddpm_fast, eager and torch.compile of the eager code, in turns."""
+def measure(case: Case, inputs: Inputs, device: torch.device, budget: float) -> dict[str, list[float]]:
+    """Seconds of every round of ddpm_fast, eager and torch.compile of the eager code, in turns."""
     torch._dynamo.reset()
     compiled = torch.compile(case.eager)
     candidates = {"ddpm_fast": case.fast, "eager": case.eager, "torch.compile": compiled}
-    return interleaved({name: (lambda f=f: f(inputs)) for name, f in candidates.items()}, device, budget=budget)
+    return interleaved_rounds(
+        {name: functools.partial(f, inputs) for name, f in candidates.items()}, device, budget=budget
+    )
+
+
+def run_ops(
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    elements: int | None = None,
+    budget: float = 1.0,
+    only: str | None = None,
+    say: Callable[[str], None] = print,
+) -> dict[str, object]:
+    """Check and measure every op (or those whose name contains `only`), a line each; JSON-ready figures.
+
+    elements: of each image tensor; None: 4 Mi on a CPU, 64 Mi on a GPU. budget: seconds for each candidate.
+    """
+    elements = elements or (2**26 if device.type == "cuda" else 2**22)
+    inputs = Inputs.make(max(1, elements // (CHANNELS * EDGE * EDGE)), dtype, device)
+    bandwidth = copy_bandwidth(device, 2**26 if device.type == "cuda" else 2**25)
+    name = str(dtype).removeprefix("torch.")
+    say(f"{inputs.x.numel()} elements, {name}; copy {bandwidth / 1e9:.1f} GB/s")
+    say(f"{'op':<26}{'ms':>9}{'GB/s':>8}{'of copy':>9}{'vs eager':>10}{'vs compile':>12}")
+    rows: list[dict[str, object]] = []
+    failed: dict[str, str] = {}
+    for case in CASES:
+        if only and only not in case.name:
+            continue
+        wrong = verify(case, dtype, device)
+        if wrong is not None:
+            failed[case.name] = wrong
+            say(f"{case.name:<26}  check failed: {wrong}")
+            continue
+        rounds = measure(case, inputs, device, budget)
+        fast = Timing.of(rounds["ddpm_fast"]).median
+        moved = case.bytes_per_element(inputs.x.element_size()) * inputs.x.numel()
+        against = {name: ratios(rounds[name], rounds["ddpm_fast"]) for name in ("eager", "torch.compile")}
+        say(
+            f"{case.name:<26}{fast * 1e3:>9.3f}{moved / fast / 1e9:>8.1f}{moved / fast / bandwidth:>9.0%}"
+            f"{against['eager'].median:>9.2f}x{against['torch.compile'].median:>11.2f}x"
+        )
+        rows.append(
+            {
+                "op": case.name,
+                "bytes": moved,
+                "seconds": {name: vars(Timing.of(values)) for name, values in rounds.items()},
+                "ratios": {name: vars(value) for name, value in against.items()},
+            }
+        )
+    return {
+        "dtype": name,
+        "elements": inputs.x.numel(),
+        "copy_bytes_per_second": bandwidth,
+        "cases": rows,
+        "failed": failed,
+    }
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -212,39 +269,21 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--json", help="write the figures to this file")
     options = parser.parse_args(argv)
     device, dtype = torch.device(options.device), getattr(torch, options.dtype)
-    elements = options.elements or (2**26 if device.type == "cuda" else 2**22)
-    inputs = Inputs.make(max(1, elements // (CHANNELS * EDGE * EDGE)), dtype, device)
-    bandwidth = copy_bandwidth(device, 2**26 if device.type == "cuda" else 2**25)
-    machine = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU"
-    threads = "" if device.type == "cuda" else f", {torch.get_num_threads()} threads"
-    print(f"{machine}{threads}, torch {torch.__version__}; copy {bandwidth / 1e9:.1f} GB/s")
-    print(f"{inputs.x.numel()} elements, {options.dtype}")
-    print(f"{'op':<26}{'ms':>9}{'GB/s':>8}{'of copy':>9}{'vs eager':>10}{'vs compile':>12}")
-    rows, failed = [], False
-    for case in CASES:
-        if options.only and options.only not in case.name:
-            continue
-        wrong = verify(case, dtype, device)
-        if wrong is not None:
-            failed = True
-            print(f"{case.name:<26}  check failed: {wrong}")
-            continue
-        times = measure(case, inputs, device, options.seconds)
-        fast = times["ddpm_fast"].median
-        moved = case.bytes_per_element(inputs.x.element_size()) * inputs.x.numel()
-        against = [times[name].median / fast for name in ("eager", "torch.compile")]
-        print(
-            f"{case.name:<26}{fast * 1e3:>9.3f}{moved / fast / 1e9:>8.1f}{moved / fast / bandwidth:>9.0%}"
-            f"{against[0]:>9.2f}x{against[1]:>11.2f}x",
-            flush=True,
-        )
-        rows.append({"op": case.name, "bytes": moved, "seconds": {k: vars(v) for k, v in times.items()}})
+    machine = facts(device)
+    name = machine.get("gpu") or f"{machine['cpu']}, {machine['threads']} threads"
+    print(f"{name}, torch {torch.__version__}, commit {machine['commit']}")
+    figures = run_ops(
+        device,
+        dtype,
+        elements=options.elements,
+        budget=options.seconds,
+        only=options.only,
+        say=lambda line: print(line, flush=True),
+    )
     if options.json:
-        facts = {"machine": machine, "threads": torch.get_num_threads(), "torch": torch.__version__}
-        facts |= {"version": ddpm_fast.__version__, "dtype": options.dtype, "copy_bytes_per_second": bandwidth}
         with open(options.json, "w", encoding="utf-8") as file:
-            json.dump({**facts, "cases": rows}, file, indent=1)
-    return 1 if failed else 0
+            json.dump({"machine": machine, **figures}, file, indent=1)
+    return 1 if figures["failed"] else 0
 
 
 if __name__ == "__main__":

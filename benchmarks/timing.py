@@ -4,22 +4,34 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
 Run = Callable[[], object]
+Seconds = Callable[[int], float]  # how many steps in a row -> seconds of one of them
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of one candidate: the median and the 20th and 80th percentile of its rounds."""
+    """Of one candidate's rounds: the median and the 20th and 80th percentile, in seconds or as a ratio."""
 
     median: float
     p20: float
     p80: float
     rounds: int
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Timing:
+        ordered = sorted(values)
+        last = len(ordered) - 1
+        return cls(statistics.median(ordered), ordered[round(0.2 * last)], ordered[round(0.8 * last)], len(ordered))
+
+
+def ratios(baseline: Sequence[float], ours: Sequence[float]) -> Timing:
+    """baseline / ours of each round, paired: what slows both in a round does not count."""
+    return Timing.of([b / o for b, o in zip(baseline, ours, strict=True)])
 
 
 class _Clock:
@@ -48,10 +60,10 @@ class _Clock:
         return total / repeats
 
 
-def interleaved(
+def interleaved_rounds(
     candidates: Mapping[str, Run], device: torch.device, *, rounds: int = 21, budget: float = 2.0
-) -> dict[str, Timing]:
-    """Time the candidates in turn, A B C A B C ..., so that a drifting machine does not decide.
+) -> dict[str, list[float]]:
+    """Seconds of every round of each candidate, in turn, A B C A B C ..., so that a drifting machine does not decide.
 
     Args:
         candidates: name -> function without arguments; each is called three times first.
@@ -72,13 +84,49 @@ def interleaved(
     for _ in range(turns):
         for name, run in candidates.items():
             samples[name].append(clock.seconds(run, repeats[name]))
-    return {name: _summary(values) for name, values in samples.items()}
+    return samples
 
 
-def _summary(values: list[float]) -> Timing:
-    ordered = sorted(values)
-    last = len(ordered) - 1
-    return Timing(statistics.median(ordered), ordered[round(0.2 * last)], ordered[round(0.8 * last)], len(ordered))
+def interleaved(
+    candidates: Mapping[str, Run], device: torch.device, *, rounds: int = 21, budget: float = 2.0
+) -> dict[str, Timing]:
+    """The summary of `interleaved_rounds`."""
+    samples = interleaved_rounds(candidates, device, rounds=rounds, budget=budget)
+    return {name: Timing.of(values) for name, values in samples.items()}
+
+
+def step_rounds(
+    candidates: Mapping[str, Seconds],
+    *,
+    budget: float = 3.0,
+    turn: float = 0.3,
+    rounds: int = 41,
+    most_steps: int = 200,
+) -> dict[str, list[float]]:
+    """Seconds per sampling step of every round of each candidate, in turn; every round begins with another one.
+
+    Args:
+        candidates: name -> function that does so many steps in a row and returns the seconds of one.
+        budget: seconds for each candidate after its warm-up, roughly; at least 5 rounds and at most `rounds`.
+        turn: seconds of one turn; at least one step. Switching candidates costs caches and thread pools their warmth,
+            which a turn has to outlast.
+        most_steps: in a turn.
+    """
+    steps: dict[str, int] = {}
+    longest = turn
+    for name, seconds in candidates.items():
+        once = seconds(1)
+        if once < turn:  # not yet warm, perhaps
+            once = max(min(seconds(2), seconds(2)), 1e-6)
+        steps[name] = max(1, min(most_steps, round(turn / once)))
+        longest = max(longest, once * steps[name])
+    names = list(candidates)
+    samples: dict[str, list[float]] = {name: [] for name in names}
+    for i in range(max(5, min(rounds, int(budget / longest)))):
+        first = i % len(names)
+        for name in names[first:] + names[:first]:
+            samples[name].append(candidates[name](steps[name]))
+    return samples
 
 
 def copy_bandwidth(device: torch.device, elements: int = 2**26) -> float:

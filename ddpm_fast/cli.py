@@ -1,9 +1,10 @@
-"""The command `ddpm-fast`: demo and info."""
+"""The command `ddpm-fast`: demo, bench and info."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ EXAMPLES = """examples:
   ddpm-fast demo                            train on real digits, sample and measure; about 3 minutes
   ddpm-fast demo --out here --device cuda   the same on an NVIDIA GPU
   ddpm-fast demo --seconds 20               a shorter training; its quality is shown, not judged
+  ddpm-fast bench --quick                   sampling steps and ops against every baseline; about 3 minutes
   ddpm-fast info                            what was built and what works on this machine
 """
 
@@ -31,7 +33,7 @@ def _parser() -> _Parser:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    commands = parser.add_subparsers(dest="command", metavar="{demo,info}", required=True)
+    commands = parser.add_subparsers(dest="command", metavar="{demo,bench,info}", required=True)
     demo = commands.add_parser(
         "demo",
         help="train on real handwritten digits, sample a labelled grid, measure quality and speed",
@@ -47,6 +49,11 @@ def _parser() -> _Parser:
     demo.add_argument("--seconds", type=float, help="training time; default: 95, or up to 115 on a slow machine")
     demo.add_argument("--train-steps", type=int, metavar="N", help="train exactly N steps, however long they take")
     demo.add_argument("--quiet", action="store_true", help="no progress bars")
+    commands.add_parser(
+        "bench",
+        add_help=False,  # its options are those of the script
+        help="measure ops and sampling steps against eager PyTorch, torch.compile, OpenVINO and diffusers",
+    )
     commands.add_parser("info", help="version, what the extension was built with, which backend serves which op")
     return parser
 
@@ -86,8 +93,26 @@ def _info() -> int:
     return int(info() or 0)
 
 
+def _bench(options: Sequence[str]) -> int:
+    """Runs benchmarks/run.py with these options: of the checkout that this package is in, or of the working folder."""
+    places = [Path(__file__).resolve().parent.parent, Path.cwd()]
+    for place in places:
+        script = place / "benchmarks" / "run.py"
+        if script.is_file():
+            return subprocess.call([sys.executable, str(script), *options])
+    print(
+        "ddpm-fast bench: error: the benchmark is part of the repository, not of the installed package, and there is no "
+        "benchmarks/run.py here; clone the repository and run the command in it",
+        file=sys.stderr,
+    )
+    return 2
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command line (default: the process's own) and returns its exit code."""
+    argv = sys.argv[1:] if argv is None else argv
+    if argv and argv[0] == "bench":  # argparse would keep options before the first positional one to itself
+        return _bench(argv[1:])
     try:
         arguments = _parser().parse_args(argv)
     except SystemExit as stop:  # argparse ends the process itself; a caller wants the code

@@ -84,3 +84,20 @@ def test_info_is_python_m_ddpm_fast(monkeypatch):
     assert cli.main(["info"]) == 0
     module.main = lambda: 3
     assert cli.main(["info"]) == 3
+
+
+def test_bench_runs_the_script_of_the_checkout(capfd):
+    assert cli.main(["bench", "--help"]) == 0
+    shown = capfd.readouterr().out
+    assert "--only {ops,sampler,variants,drift}" in shown
+    assert cli.main(["bench", "--n", "many"]) == 2
+
+
+def test_bench_without_a_checkout_says_where_it_is(monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cli, "__file__", str(tmp_path / "site-packages" / "ddpm_fast" / "cli.py"))
+    assert cli.main(["bench"]) == 2
+    assert "clone the repository" in capsys.readouterr().err
+    (tmp_path / "benchmarks").mkdir()
+    (tmp_path / "benchmarks" / "run.py").write_text("import sys; sys.exit(len(sys.argv))")
+    assert cli.main(["bench", "--quick", "--variants"]) == 3

@@ -1,0 +1,230 @@
+"""From result files to a Markdown report and PNG plots.
+
+    python benchmarks/report.py RESULT.json... [--out DIR] [--no-plots]
+
+Writes DIR/<name of the result>.md and beside it <name>-<case>.png, one for every network and image size. DIR: where the
+result file is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import results
+from timing import Timing
+
+Table = list[list[str]]
+
+
+def markdown(rows: Table) -> str:
+    """Rows, the first of them the header, as a table."""
+    head, *body = rows
+    return "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *body])
+
+
+def by_name(result: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """The cases of each network and image size, by falling interest: the order in the file."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for case in result["cases"]:
+        groups.setdefault(case["name"], []).append(case)
+    return {name: sorted(group, key=lambda case: int(case["n"])) for name, group in groups.items()}
+
+
+def candidates(group: Iterable[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Every candidate of the cases by id, as its first case has it."""
+    found: dict[str, dict[str, Any]] = {}
+    for case in group:
+        for record in case["candidates"]:
+            found.setdefault(record["id"], record)
+    return found
+
+
+def _factor(value: Timing | None) -> str:
+    return "" if value is None else f"{value.median:.2f}x ({value.p20:.2f}-{value.p80:.2f})"
+
+
+def speeds(group: list[dict[str, Any]], peaks: dict[str, float]) -> str:
+    """ms per image and step of every candidate, and how many times as long as ours it takes."""
+    rows = [["", *(f"n = {case['n']}: ms/image" for case in group), *(f"n = {c['n']}: against ours" for c in group)]]
+    for name, record in candidates(group).items():
+        times, factors = [], []
+        for case in group:
+            found = results.timed(case).get(name)
+            if found is None:
+                here = next((c for c in case["candidates"] if c["id"] == name), None)
+                times.append("-" if here is None else f"{here['status']}: {here['reason']}")
+                factors.append("")
+                continue
+            mark = " (inaccurate)" if found["status"] == "inaccurate" else ""
+            times.append(f"{results.speed(found).median * 1e3 / case['n']:.3f}{mark}")
+            factors.append("1" if name == results.ours(case) else _factor(results.speed_up(case, name)))
+        rows.append([f"`{name}` {record['what']}", *times, *factors])
+    for dtype in ("bfloat16", "float32"):
+        floors = [results.floor(case, peaks, dtype) for case in group]
+        cells = ["" if f is None else f"{f * 1e3 / case['n']:.3f}" for f, case in zip(floors, group, strict=True)]
+        rows.append([f"roofline of this machine, {dtype}", *cells, *("" for _ in group)])
+    return markdown(rows)
+
+
+def accuracy(group: list[dict[str, Any]]) -> str:
+    """Relative error against float64 and seconds to build, per candidate and batch."""
+    rows = [["", *(f"n = {case['n']}: error" for case in group), *(f"n = {c['n']}: built in s" for c in group)]]
+    for name in candidates(group):
+        records = [next((c for c in case["candidates"] if c["id"] == name), None) for case in group]
+        errors = ["-" if r is None or r["error"] is None else f"{r['error']:.1e}" for r in records]
+        built = ["-" if r is None or not r["rounds_s"] else f"{r['prepare_s']:.1f}" for r in records]
+        rows.append([f"`{name}`", *errors, *built])
+    return markdown(rows)
+
+
+def shares(group: list[dict[str, Any]]) -> str:
+    """What of our step is the network, and what the reverse update; what a call of `sample` costs beside its steps."""
+    rows = [["n", "candidate", "step, ms", "reverse update alone, ms", "share of it", "once per call of sample, ms"]]
+    for case in group:
+        for name, record in results.timed(case).items():
+            if name in results.OURS and "update_s" in case:
+                step, update = results.speed(record).median, case["update_s"]["median"]
+                fixed = record.get("fixed_s", {}).get("median")
+                cells = [
+                    str(case["n"]),
+                    f"`{name}`",
+                    f"{step * 1e3:.3f}",
+                    f"{update * 1e3:.3f}",
+                    f"{update / step:.1%}",
+                ]
+                rows.append([*cells, "" if fixed is None else f"{fixed * 1e3:.2f}"])
+    return markdown(rows)
+
+
+def target_table(result: dict[str, Any]) -> str:
+    """What was wanted of the fused plan on a CPU, and what was measured; empty where the result says nothing of it."""
+    rows = [["n", "baseline", "wanted", "measured (20-80 %)", ""]]
+    for baseline, n, least, measured in results.targets(result):
+        verdict = "reached" if measured.median >= least else "**missed**"
+        rows.append([str(n), f"`{baseline}`", f"{least}x", _factor(measured), verdict])
+    return markdown(rows) if len(rows) > 1 else ""
+
+
+def op_table(figures: dict[str, Any]) -> str:
+    """The ops against eager PyTorch and torch.compile."""
+    copy = figures["copy_bytes_per_second"]
+    rows = [["op", "ms", "GB/s", "of copy", "against eager", "against `torch.compile`"]]
+    for case in figures["cases"]:
+        median, moved = case["seconds"]["ddpm_fast"]["median"], case["bytes"]
+        against = [_factor(Timing(**case["ratios"][name])) for name in ("eager", "torch.compile")]
+        rate = [f"{median * 1e3:.3f}", f"{moved / median / 1e9:.1f}", f"{moved / median / copy:.0%}"]
+        rows.append([f"`{case['op']}`", *rate, *against])
+    rows += [[f"`{name}`", f"check failed: {why}", "", "", "", ""] for name, why in figures["failed"].items()]
+    return markdown(rows)
+
+
+def drift_table(drift: dict[str, Any]) -> str:
+    """PSNR of final images."""
+    rows = [["", "PSNR, dB", "largest difference"]]
+    for row in drift["rows"]:
+        if row["max_abs"] is None:
+            rows.append([f"`{row['id']}`", row["reason"], ""])
+        else:
+            quality = "equal" if row["psnr_db"] is None else f"{row['psnr_db']:.1f}"
+            rows.append([f"`{row['id']}` {row['what']}", quality, f"{row['max_abs']:.1e}"])
+    return markdown(rows)
+
+
+def machine_lines(result: dict[str, Any]) -> list[str]:
+    """What it was measured on."""
+    facts, peaks = result["machine"], result["peaks"]
+    where = facts.get("gpu") or f"{facts['cpu']}, {facts['threads']} threads of {facts['cpus']} CPUs"
+    isas = ", ".join(isa for isa, _ in facts["inference_isas"]) or "none"
+    versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
+    found = [
+        f"- Machine: {where}; CPU features {', '.join(facts['cpu_features'])}; own kernels for {isas}",
+        f"- Versions: ddpm_fast {facts['ddpm_fast']}, commit {facts['commit']}; Python {facts['python']}; {versions}",
+    ]
+    rates = [f"{name} {rate / 1e9:.0f} GFLOP/s" for name, rate in peaks.items() if name != "read"]
+    found.append(f"- Measured limits: matrix product {', '.join(rates)}; reading {peaks.get('read', 0) / 1e9:.1f} GB/s")
+    settings = result["settings"]
+    found.append(f"- Run: {' '.join(settings['argv']) or 'default'}; {settings['took_s'] / 60:.1f} minutes")
+    if facts["omp_wait_policy"] or facts["isa_mask"]:
+        found.append(
+            f"- Environment: OMP_WAIT_POLICY={facts['omp_wait_policy']!r}, DDPM_FAST_CPU_ISA={facts['isa_mask']!r}"
+        )
+    return found
+
+
+def report(result: dict[str, Any], plots: dict[str, Path]) -> str:
+    """The whole report as Markdown. plots: file of each network and image size."""
+    parts = ["# Benchmark\n", "\n".join(machine_lines(result)), ""]
+    parts.append(
+        "Times are medians of rounds in which the candidates take turns; a ratio is the median of the rounds' own "
+        "ratios, with their 20th and 80th percentile. Every candidate's output was checked against float64 before."
+    )
+    groups = by_name(result)
+    wanted = target_table(result)
+    if wanted:
+        parts += ["\n## Targets\n", wanted]
+    for name, group in groups.items():
+        parts.append(f"\n## Sampling step: {name}\n")
+        if name in plots:
+            parts.append(f"![ms per image against baselines]({plots[name].name})\n")
+        parts += [
+            speeds(group, result["peaks"]),
+            "\nError: of the network's output in the step, relative, largest of two t.\n",
+        ]
+        parts += [accuracy(group), "\n### Where the time goes\n", shares(group)]
+        for case in group:
+            if case["layers"]:
+                parts.append(
+                    f"\nLayers at n = {case['n']}, as the plan's own trial timed them:\n\n```\n{case['layers']}\n```"
+                )
+    drift = result.get("drift")
+    if drift:
+        head = (
+            f"{drift['n']} images, {drift['steps']} steps, the same noise, x0 clipped, against `{drift['reference']}`"
+        )
+        parts += [f"\n## Drift: {head}\n", drift_table(drift)]
+    for figures in result["ops"]:
+        parts += [f"\n## Ops: {figures['elements']} elements, {figures['dtype']}\n", op_table(figures)]
+    if groups:
+        parts.append("\n## The candidates, exactly\n")
+        for name, record in candidates(result["cases"]).items():
+            notes = f" Tried: {record['notes']}." if record["notes"] else ""
+            parts.append(f"- `{name}` {record['what']}: {record['flags'] or record['reason']}.{notes}")
+    return "\n".join(parts) + "\n"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Write the reports; exit code 2 for a file that is no result, or without matplotlib."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", nargs="+", type=Path, metavar="RESULT.json")
+    parser.add_argument("--out", type=Path, metavar="DIR")
+    parser.add_argument("--no-plots", action="store_true", help="Markdown only; needs no matplotlib")
+    options = parser.parse_args(argv)
+    for path in options.results:
+        try:
+            result = results.load(path)
+            folder = options.out or path.parent
+            folder.mkdir(parents=True, exist_ok=True)
+            files: dict[str, Path] = {}
+            if not options.no_plots:
+                import plots
+
+                for name, group in by_name(result).items():
+                    file = folder / f"{path.stem}-{re.sub(r'[^a-z0-9]+', '-', name.lower())}.png"
+                    if plots.bars(name, group, result, file):
+                        files[name] = file
+            out = folder / f"{path.stem}.md"
+            out.write_text(report(result, files), encoding="utf-8")
+        except (OSError, ValueError, ImportError) as error:
+            print(f"report.py: error: {error}", file=sys.stderr)
+            return 2
+        print(out)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

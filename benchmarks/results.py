@@ -1,0 +1,134 @@
+"""A result file: its fields, reading, writing, checking, and the figures that follow from what was measured.
+
+    {"schema": 1, "machine": {...}, "settings": {...}, "peaks": {...}, "ops": [...], "cases": [...], "drift": ...}
+
+A case has the candidates' seconds per step of every round (`rounds_s`); medians and ratios are computed from them.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from timing import Timing, ratios
+
+SCHEMA = 1
+STATUSES = ("ok", "inaccurate", "wrong", "missing")
+OURS = ("F16", "S16", "F32", "S32")
+
+# At the least, for the fused plan in bfloat16 on the tutorial's network on a CPU: (baseline, n) -> ratio of times.
+TARGETS = {("C16", 1): 1.35} | {(i, n): r for n in (16, 64) for i, r in (("C16", 1.5), ("OV16", 1.3), ("E32", 5.0))}
+TUTORIAL = "tutorial 3x32x32"
+
+_TOP: dict[str, type] = {"schema": int, "machine": dict, "settings": dict, "peaks": dict, "ops": list, "cases": list}
+_CASE = {"name": str, "n": int, "shape": list, "macs": int, "parameters": int, "candidates": list, "layers": str}
+_CANDIDATE = {"id": str, "what": str, "flags": str, "dtype": str, "notes": str, "status": str, "rounds_s": list}
+
+
+def _require(where: str, value: Any, fields: Mapping[str, type]) -> None:
+    if not isinstance(value, dict):
+        raise ValueError(f"{where} must be an object, got {type(value).__name__}")
+    for name, kind in fields.items():
+        if not isinstance(value.get(name), kind):
+            raise ValueError(f"{where}.{name} must be a {kind.__name__}, got {value.get(name)!r:.60}")
+
+
+def validate(result: Any) -> dict[str, Any]:
+    """The result itself; ValueError naming the field that is not as it should be."""
+    _require("result", result, _TOP)
+    if result["schema"] != SCHEMA:
+        raise ValueError(f"result.schema must be {SCHEMA}, got {result['schema']}; measure again with this version")
+    for i, case in enumerate(result["cases"]):
+        _require(f"cases[{i}]", case, _CASE)
+        for j, candidate in enumerate(case["candidates"]):
+            where = f"cases[{i}].candidates[{j}]"
+            _require(where, candidate, _CANDIDATE)
+            if candidate["status"] not in STATUSES:
+                raise ValueError(f"{where}.status must be one of {', '.join(STATUSES)}, got {candidate['status']!r}")
+            timed = candidate["status"] in ("ok", "inaccurate")
+            if timed != bool(candidate["rounds_s"]):
+                raise ValueError(f"{where}: {candidate['status']!r} with {len(candidate['rounds_s'])} rounds")
+    return dict(result)
+
+
+def load(path: Path) -> dict[str, Any]:
+    """Read and check a result file."""
+    try:
+        return validate(json.loads(path.read_text(encoding="utf-8")))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def save(result: dict[str, Any], path: Path) -> None:
+    """Check and write a result file, atomically."""
+    text = json.dumps(validate(result), indent=1, allow_nan=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_suffix(path.suffix + ".part")
+    beside.write_text(text + "\n", encoding="utf-8")
+    beside.replace(path)
+
+
+def finite(value: float) -> float | None:
+    """JSON has no NaN and no infinity."""
+    return value if math.isfinite(value) else None
+
+
+def timed(case: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The candidates that have a speed, by id."""
+    return {c["id"]: c for c in case["candidates"] if c["rounds_s"]}
+
+
+def ours(case: dict[str, Any]) -> str | None:
+    """The candidate that stands for ddpm_fast: the fused bfloat16 plan where it was measured."""
+    found = timed(case)
+    return next((name for name in OURS if name in found), None)
+
+
+def speed(candidate: dict[str, Any]) -> Timing:
+    """Seconds per step."""
+    return Timing.of(candidate["rounds_s"])
+
+
+def speed_up(case: dict[str, Any], baseline: str, fast: str | None = None) -> Timing | None:
+    """How many times as long as ours a step of the baseline takes, paired by rounds; None where one has no speed."""
+    found = timed(case)
+    fast = ours(case) if fast is None else fast
+    if fast not in found or baseline not in found:
+        return None
+    return ratios(found[baseline]["rounds_s"], found[fast]["rounds_s"])
+
+
+def floor(case: dict[str, Any], peaks: dict[str, float], dtype: str = "bfloat16") -> float | None:
+    """Seconds that a step cannot go below by library means: its multiply-adds at the matrix product's measured rate,
+    or its weights at the measured rate of reading, whichever is longer. None where a peak was not measured.
+
+    Counted for convolutions done directly: algorithms that multiply less (Winograd, dense products at 2x2) may pass it.
+    """
+    if dtype not in peaks or "read" not in peaks:
+        return None
+    size = 2 if dtype == "bfloat16" else 4
+    compute: float = 2 * case["macs"] * case["n"] / peaks[dtype]
+    stream: float = size * case["parameters"] / peaks["read"]
+    return max(compute, stream)
+
+
+def best_baseline(case: dict[str, Any]) -> str | None:
+    """The fastest correct candidate that is not ours."""
+    others = {n: speed(c).median for n, c in timed(case).items() if n not in OURS and c["status"] == "ok"}
+    return min(others, key=others.__getitem__) if others else None
+
+
+def targets(result: dict[str, Any]) -> list[tuple[str, int, float, Timing]]:
+    """(baseline, n, at least, measured) for every target that this CPU result speaks about."""
+    rows = []
+    for case in result["cases"]:
+        if case["name"] != TUTORIAL or result["machine"]["device"] != "cpu":
+            continue
+        for (baseline, n), least in TARGETS.items():
+            measured = speed_up(case, baseline, "F16") if n == case["n"] else None
+            if measured is not None:
+                rows.append((baseline, n, least, measured))
+    return rows
