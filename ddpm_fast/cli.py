@@ -101,8 +101,8 @@ def _bench(options: Sequence[str]) -> int:
         if script.is_file():
             return subprocess.call([sys.executable, str(script), *options])
     print(
-        "ddpm-fast bench: error: the benchmark is part of the repository, not of the installed package, and there is no "
-        "benchmarks/run.py here; clone the repository and run the command in it",
+        "ddpm-fast bench: error: the benchmark is part of the repository, not of the installed package, and there is "
+        "no benchmarks/run.py here; clone the repository and run the command in it",
         file=sys.stderr,
     )
     return 2

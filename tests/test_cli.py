@@ -21,7 +21,7 @@ def test_help(capsys):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("", "the following arguments are required: {demo,info}"),
+        ("", "the following arguments are required: {demo,bench,info}"),
         ("fly", "invalid choice: 'fly'"),
         ("demo --seed x", "argument --seed: invalid int value: 'x'"),
         ("demo --wat", "unrecognized arguments: --wat"),
