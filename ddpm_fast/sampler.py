@@ -203,9 +203,9 @@ class Sampler:
         check_output(output, run.layout.shape)
         if n:
             with run.open(), run.running(), Progress(len(self) - start, progress, run.check) as bar:
-                for row in range(start, len(self)):
-                    run.advance(row)
-                    bar.advance()
+                for row, rows in run.portions(bar.shown):
+                    run.advance(row, rows)
+                    bar.advance()  # only a bar that is shown counts, and then it is one row
                 run.check()
                 result = run.x()
         else:

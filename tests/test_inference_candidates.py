@@ -75,6 +75,7 @@ CONVS = [
     (3, 4, 6, 48, 16, True, False, True, False),
     (2, 3, 5, 16, 32, True, True, False, False),
     (1, 1, 1, 16, 16, True, True, False, False),
+    (40, 1, 1, 48, 64, False, True, False, True),
     (1, 7, 1, 16, 16, True, False, False, False),
     (2, 16, 16, 16, 16, True, True, True, False),
     (1, 8, 12, 64, 32, False, False, True, False),
@@ -227,8 +228,8 @@ class TestNative:
         dtype = torch.bfloat16 if isa in native.isas(torch.bfloat16) else torch.float32
         part = Slice(Buffer("any", 32, 0), 0, 32)
         layer = Conv("conv", random((48, 32, 3, 3), dtype, 0, 0.1), random((48,), dtype, 1), part, part)
-        for h, kind in itertools.product((2, 4, 6), native.KINDS):
-            if kind == "window" and h != 2:
+        for h, kind in itertools.product((1, 2, 4, 6), native.KINDS):
+            if native.ONLY_AT.get(kind, (h, h)) != (h, h):
                 continue
             x = random((7, h, h, 32), dtype, 2).to(dtype)
             results = []

@@ -18,7 +18,8 @@ ISA_VARIABLE = "DDPM_FAST_CPU_ISA"
 STORED = {torch.bfloat16: "bf16", torch.float32: "f32"}
 TRIED_ISAS = {"bf16": 2, "f32": 1}  # best first; a matrix unit does not win everywhere, wider vectors do
 MULTIPLE = 16  # of channels, the image's own apart
-KINDS = ("window", "winograd", "direct")
+KINDS = ("point", "window", "winograd", "direct")
+ONLY_AT = {"point": (1, 1), "window": (2, 2)}  # pixels of an image
 
 
 def available() -> bool:
@@ -66,8 +67,7 @@ def candidates(layer: Layer, n: int, h: int, w: int, dtype: torch.dtype, device:
         kinds = ["first"] if layer.source is None else list(KINDS)
         if layer.source is None:
             channels = {layer.weight.shape[0]}
-        if "window" in kinds and not h == w == 2:
-            kinds.remove("window")
+        kinds = [kind for kind in kinds if ONLY_AT.get(kind, (h, w)) == (h, w)]
         if layer.pooled is not None and (h % 2 or w % 2):
             return []
     elif isinstance(layer, Up):

@@ -51,7 +51,8 @@ def make(
     spots = places(network, n, h, w, stored, device, packs)
     frame = frame_for(network, n, h, w, device)
     marks = tuple(signature(layer, place) for layer, place in zip(network.layers, spots, strict=True))
-    key = (marks, stored, dtype, str(device), torch.get_num_threads(), tuple(native.isas()))
+    around = (torch.get_num_threads(), tuple(native.isas()), torch.backends.cudnn.allow_tf32)
+    key = (marks, stored, dtype, str(device), *around)
     known = None if deterministic else _measured.get(key)
     if deterministic:
         choices = _first(network, spots, frame)

@@ -28,6 +28,14 @@ APART = 1.15  # ours join up with their neighbours into one call, and wake no se
 CHECKED_IMAGES = 8
 # |got - exact| / |exact| over a layer's output. Weights, stored inputs and outputs are rounded once each: far below.
 BOUNDS = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
+TF32_BOUND = 3e-3  # of float32 on a GPU where PyTorch may round the factors to TF32, as it then does in the model too
+
+
+def bound_of(dtype: torch.dtype, device: torch.device) -> float:
+    """The relative error that a layer may have."""
+    if dtype == torch.float32 and device.type == "cuda" and torch.backends.cudnn.allow_tf32:
+        return TF32_BOUND
+    return BOUNDS[dtype]
 
 
 @dataclasses.dataclass
@@ -59,13 +67,18 @@ class Contender:
 
 
 def exact(layer: Layer, place: Place, frame: Frame, images: Tensor) -> Tensor:
-    """The layer's output for some images, computed in float32 by PyTorch from what lies in its source: (n, c, h, w)."""
-    x = frame.x[images] if place.source is None else place.source[images].permute(0, 3, 1, 2).float()
+    """The layer's output for some images, computed by PyTorch from what lies in its source: (n, c, h, w).
+
+    In float32, on a GPU in float64, where float32 may mean TF32.
+    """
+    dtype = torch.float64 if place.device.type == "cuda" else torch.float32
+    x = (frame.x[images] if place.source is None else place.source[images].permute(0, 3, 1, 2)).to(dtype)
+    weight, bias = layer.weight.to(dtype), layer.bias.to(dtype)
     if isinstance(layer, Up):
-        return F.conv_transpose2d(x, layer.weight, layer.bias, stride=2)
+        return F.conv_transpose2d(x, weight, bias, stride=2)
     if isinstance(layer, Output):
-        return F.conv2d(x, layer.weight, layer.bias)
-    y = F.conv2d(x, layer.weight, layer.bias, padding=1)
+        return F.conv2d(x, weight, bias)
+    y = F.conv2d(x, weight, bias, padding=1)
     if layer.silu:
         y = F.silu(y)
     if layer.temb is not None:
@@ -80,12 +93,12 @@ def error(layer: Layer, place: Place, frame: Frame, bound: Bound, expected: Tens
     if place.pooled is not None:
         place.pooled.fill_(float("nan"))
     bound(frame)
-    got = target[images].float()
+    got = target[images].to(expected.dtype)
     if place.target is not None:
         got = got.permute(0, 3, 1, 2)
     result = _relative(got, expected)
     if place.pooled is not None:
-        pooled = place.pooled[images].permute(0, 3, 1, 2).float()
+        pooled = place.pooled[images].permute(0, 3, 1, 2).to(expected.dtype)
         result = max(result, _relative(pooled, F.max_pool2d(expected, 2)))
     return result
 
@@ -106,6 +119,7 @@ def serving(
     if place.n > CHECKED_IMAGES:
         images = torch.linspace(0, place.n - 1, CHECKED_IMAGES, device=place.device).round().long()
     expected = exact(layer, place, frame, images)
+    limit = bound_of(place.dtype, place.device)
     result: list[Contender] = []
     reasons: list[str] = []
     for candidate in candidates:
@@ -115,11 +129,11 @@ def serving(
         except (RuntimeError, ValueError, NotImplementedError) as reason:
             reasons.append(f"{candidate.name}: {reason}")
             continue
-        if wrong > BOUNDS[place.dtype]:
+        if wrong > limit:
             reasons.append(f"{candidate.name}: relative error {wrong:.2g}")
             warnings.warn(
                 f"fused plan: {candidate.name} computes layer {layer.name} with a relative error of {wrong:.2g}, more "
-                f"than {BOUNDS[place.dtype]:.2g}; it is not used",
+                f"than {limit:.2g}; it is not used",
                 RuntimeWarning,
                 stacklevel=2,
             )

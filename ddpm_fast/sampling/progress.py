@@ -23,6 +23,11 @@ class Progress:
         self._pending = 0
         self._drawn = time.monotonic()
 
+    @property
+    def shown(self) -> bool:
+        """Whether there is a bar."""
+        return self._bar is not None
+
     def advance(self) -> None:
         """One more row is under way."""
         if self._bar is None:

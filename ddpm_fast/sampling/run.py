@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .graphs import Loops
+from .graphs import Advance, Captured, Loops, portions, stride_of
 from .inputs import check_noise
 from .loop import Layout, Loop, Plan, Start
 from .model import eval_mode
@@ -51,7 +51,7 @@ class Run:
         self.plan, self.layout, self.begin = plan, layout, begin
         self._noise, self._loops, self._deterministic = noise, loops, deterministic
         self._loop: Loop
-        self._advance: Callable[[], None]
+        self._advance: Advance
 
     @contextlib.contextmanager
     def open(self) -> Iterator[None]:
@@ -92,13 +92,25 @@ class Run:
                 t = int(self.plan.steps.timesteps[row])
                 yield Step(row, t, self.x(), self.x0(), self.begin.seed, self.begin.first_sample)
 
-    def advance(self, row: int) -> None:
-        """One step. `row` is what the device's own counter stands at; the host needs it for the caller's noise only."""
+    def portions(self, shown: bool) -> Iterator[tuple[int, int]]:
+        """(row, rows) of every call of `advance`: several rows at a time where the host has nothing to do in between.
+
+        shown: whether a progress bar is to be moved after each row.
+        """
+        busy = shown or self._noise is not None
+        return portions(self.begin.start, len(self.plan.steps), 1 if busy else stride_of(self._advance))
+
+    def advance(self, row: int, rows: int = 1) -> None:
+        """So many steps. `row` is what the device's own counter stands at; the host needs it for given noise only."""
         steps, buffer = self.plan.steps, self._loop.noise
         if self._noise is not None and buffer is not None and steps.coefficients[row, 6] != 0.0:
             z = self._noise(row, int(steps.timesteps[row]))
             buffer.copy_(check_noise(z, self.layout.n, self.layout.shape, self.plan.device))
-        self._advance()
+        if rows > 1 and isinstance(self._advance, Captured):
+            self._advance(rows)
+            return
+        for _ in range(rows):
+            self._advance()
 
     def check(self) -> None:
         """Waits for the device; RuntimeError naming the first row that made a value that is not finite."""

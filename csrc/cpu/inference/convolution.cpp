@@ -55,10 +55,14 @@ Convolution::Convolution(
       ),
       zeros_(static_cast<size_t>(sizes.in * 4)) {
   if (kind == Kind::up || kind == Kind::output)
-    throw std::invalid_argument("a 3x3 convolution is of kind winograd, window, direct or first");
+    throw std::invalid_argument("a 3x3 convolution is of kind winograd, window, point, direct or first");
   if (kind == Kind::window && (sizes.h != 2 || sizes.w != 2))
     throw std::invalid_argument(
         "kind window is for images of 2x2 pixels, got " + std::to_string(sizes.h) + "x" + std::to_string(sizes.w)
+    );
+  if (kind == Kind::point && (sizes.h != 1 || sizes.w != 1))
+    throw std::invalid_argument(
+        "kind point is for images of one pixel, got " + std::to_string(sizes.h) + "x" + std::to_string(sizes.w)
     );
   if (ends.pooled.data != nullptr && (sizes.h % 2 || sizes.w % 2))
     throw std::invalid_argument(
@@ -162,9 +166,10 @@ void Convolution::gather_image(const Run& run, int64_t first, int64_t count, flo
 
 void Convolution::finish(const Run& run, int64_t first, int64_t count, const Group& group, const float* m) const {
   const int64_t width = group.panels * kPanel, channel = group.first_panel * kPanel;
-  const bool direct = kind_ == Kind::direct || kind_ == Kind::first;
+  const bool direct = rows_of_window(kind_) == 4;
   Finish f;
-  f.stride = direct ? width : spread(count * width, 4);
+  // A point's other three pixels lie outside of the image; they are computed from its own and not stored.
+  f.stride = direct ? width : kind_ == Kind::point ? 0 : spread(count * width, 4);
   f.panels = group.panels;
   f.bias = bias_ + channel;
   f.silu = ends_.silu;
@@ -203,16 +208,17 @@ void Convolution::work(int64_t item, const Run& run, char* scratch) const {
   Gemm g;
   g.m = m;
   g.k = packing_.k;
+  g.a_stride = packing_.k;
   if (kind_ == Kind::first) {
     gather_image(run, first, count, reinterpret_cast<float*>(gathered));
+  } else if (kind_ == Kind::point) {
+    g.a_stride = ends_.source.stride;
   } else {
     gather(first, count, gathered);
   }
   if (kind_ == Kind::direct) {
     g.rows = reinterpret_cast<const void* const*>(gathered);
     g.segments = 9;
-  } else {
-    g.a_stride = packing_.k;
   }
   const auto multiply = kind_ == Kind::first ? float_kernels(kernels_).gemm : kernels_.gemm;
   const int64_t positions = kind_ == Kind::winograd || kind_ == Kind::window ? packing_.positions : 1;
@@ -222,7 +228,7 @@ void Convolution::work(int64_t item, const Run& run, char* scratch) const {
     g.panels = group.panels;
     const int64_t bytes = packing_.position_elements(group) * (packing_.half ? 2 : 4) * (kind_ == Kind::direct ? 9 : 1);
     for (int64_t position = 0; position < positions; ++position) {
-      g.a = gathered + position * spread(m * sizes_.in, bytes_) * bytes_;
+      g.a = kind_ == Kind::point ? pixel(first, 0, 0) : gathered + position * spread(m * sizes_.in, bytes_) * bytes_;
       g.b = weights(group, position);
       // Positions and groups follow one another in memory.
       const bool end = i + 1 == last && position + 1 == positions;

@@ -53,7 +53,8 @@ class Layer {
   const int64_t bytes_;  // of one activation
 };
 
-// 3x3 convolution, padding 1, by 2x2 windows of output pixels: winograd, window, direct, or first (which reads run.x).
+// 3x3 convolution, padding 1, by 2x2 windows of output pixels: winograd, window (images of 2x2), point (images of one
+// pixel, which meets the middle tap only), direct, or first (which reads run.x).
 class Convolution : public Layer {
  public:
   struct Ends {

@@ -45,6 +45,7 @@ void weights_at(
     for (int tap = 0; tap < 9; ++tap)
       t[tap] = weight[(column * in_channels + k) * 9 + tap];
     return;
+  case Kind::point: t[0] = weight[(column * in_channels + k) * 9 + 4]; return;
   case Kind::first: t[0] = weight[column * in_channels * 9 + k]; return;
   case Kind::up: t[0] = weight[(k * out_channels + column % out_channels) * 4 + column / out_channels]; return;
   case Kind::output: t[0] = column < out_channels ? weight[column * in_channels + k] : 0.0; return;
@@ -55,13 +56,13 @@ void weights_at(
 
 Kind kind_named(const std::string& name) {
   static const std::map<std::string, Kind> kinds = {
-      {"winograd", Kind::winograd}, {"direct", Kind::direct}, {"window", Kind::window},
+      {"winograd", Kind::winograd}, {"direct", Kind::direct}, {"window", Kind::window}, {"point", Kind::point},
       {"first", Kind::first},       {"up", Kind::up},         {"output", Kind::output},
   };
   const auto found = kinds.find(name);
   if (found == kinds.end())
     throw std::invalid_argument(
-        "kind must be one of winograd, direct, window, first, up and output, got '" + name + "'"
+        "kind must be one of winograd, direct, window, point, first, up and output, got '" + name + "'"
     );
   return found->second;
 }

@@ -4,7 +4,8 @@
 // [position][k][16 * panels], in half tables [position][k / 2][16 * panels][2]: one contiguous stream. What position, k
 // and column mean is the kind's:
 //   winograd  16 transformed taps x in, columns out       window  9 transformed taps x in, columns out
-//   direct    9 taps x in, columns out                    up      1 x in, columns (ky, kx, out)
+//   direct    9 taps x in, columns out                    point   the middle tap x in, columns out
+//   up        1 x in, columns (ky, kx, out)
 //   first     1 x (in, ky, kx), columns out; float32      output  1 x in, columns out filled up to 16; float32
 #pragma once
 
@@ -15,7 +16,7 @@
 
 namespace ddpm_fast::inference {
 
-enum class Kind { winograd, direct, window, first, up, output };
+enum class Kind { winograd, direct, window, point, first, up, output };
 
 Kind kind_named(const std::string& name);  // throws std::invalid_argument
 

@@ -1,0 +1,58 @@
+"""Implementations on NVIDIA GPUs: the Triton kernels of backends/triton/conv.py and conv_output.py.
+
+    triton 128x64x64 split 2   convolution or transposed convolution as implicit GEMM, by the tile of a program
+    triton window 64x64x64     2x2 images, 4 in -> 4 out as one dense matrix: no products with padding
+    triton point 16x64x64      1x1 images: the centre tap alone
+    triton                     the last 1x1 layer in float32
+
+Channels (but an image's) have to be multiples of 16. Nothing here was measured; per layer a few configurations are
+listed, and the trial checks each one and takes the fastest of all.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ..backends import triton as backend
+from .candidate import Candidate, Place
+from .network import Layer, Output
+
+Step = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None], None]
+
+
+def candidates(layer: Layer, n: int, h: int, w: int, dtype: torch.dtype, device: torch.device) -> list[Candidate]:
+    """What can serve this layer on this device, most promising first; nothing where Triton has no GPU to run on."""
+    if device.type != "cuda" or backend.unavailable_reason(device) is not None:
+        return []
+    from .gpu_layers import listed
+
+    return listed(layer, n, h, w, dtype, *processors(device))
+
+
+@functools.cache
+def processors(device: torch.device) -> tuple[int, int]:
+    """Multiprocessors of a GPU, and its capability as 80, 90, ..."""
+    properties = torch.cuda.get_device_properties(device)
+    return properties.multi_processor_count, 10 * properties.major + properties.minor
+
+
+def output_step(layer: Output, place: Place) -> Step | None:
+    """The last layer and the reverse step in one pass: step(x, table, t_of_row, row, rng, bad_row, x0_out).
+
+    In place of `TritonOutput` followed by ``ops.ddpm_step`` and with the same result, see backends/triton/
+    conv_output.py. For runs without guidance, given noise and thresholding, whose batch is one chunk. None where it
+    cannot serve: another device, channels that are no multiple of 16, sides whose product is no multiple of 4.
+    """
+    if place.device.type != "cuda" or backend.unavailable_reason(place.device) is not None or place.h * place.w % 4:
+        return None
+    from ..backends.triton.conv_output import Output as Launch
+    from .gpu_layers import listed
+
+    if not listed(layer, place.n, place.h, place.w, place.dtype, *processors(place.device)):
+        return None
+    assert place.source is not None
+    return Launch(place.source, layer.weight, layer.bias).step

@@ -1,0 +1,109 @@
+"""The layers of a network in the hands of the Triton kernels: see gpu.py. Importing this needs Triton."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+from ..backends.triton.conv_call import MAX_ROWS, Tile, first_terms, pack
+from ..backends.triton.conv_call import Conv as ConvLaunch
+from ..backends.triton.conv_output import MAX_OUTPUTS
+from ..backends.triton.conv_output import Output as OutputLaunch
+from .candidate import Bound, Candidate, Frame, Place
+from .gpu_tiles import tiles
+from .network import Conv, Layer, Output
+
+TILES = 4
+"""Configurations listed per layer. The tutorial U-Net has about 60 different kernels then, half a second of compilation
+each the first time on a machine; Triton keeps them on disk."""
+
+WINDOW_IMAGES = 16
+"""Fewer, and the dense matrix of the 2x2 level, 1.8 times the weights, takes longer to read than it saves."""
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def listed(
+    layer: Layer, n: int, h: int, w: int, dtype: torch.dtype, multiprocessors: int, capability: int
+) -> list[Candidate]:
+    """`gpu.candidates` for a GPU described by its numbers."""
+    if dtype not in DTYPES or capability < 80:
+        return []
+    rows = n * h * w
+    if isinstance(layer, Output):
+        outputs, channels = layer.weight.shape[:2]
+        return [TritonOutput()] if channels % 16 == 0 and outputs <= MAX_OUTPUTS else []
+    up = not isinstance(layer, Conv)
+    columns, channels = layer.weight.shape[int(up)], layer.weight.shape[1 - int(up)]
+    image = isinstance(layer, Conv) and layer.source is None
+    if columns % 16 or (channels % 16 and not image) or rows > MAX_ROWS:
+        return []
+    if image:
+        k = first_terms(channels)
+        return [TritonConv("first", Tile(m, 32 if columns % 64 else 64, k, stages=1)) for m in (128, 64, 32)]
+
+    def of(kind: str, rows: int, taps: int, quarters: int) -> list[Candidate]:
+        # Where every row is another image, their embeddings take as many registers as the sums.
+        largest = 64 * 128 if kind in ("window", "point") else 128 * 128
+        found = tiles(rows, columns, quarters, channels, taps, dtype, multiprocessors, capability, TILES, largest)
+        return [TritonConv(kind, tile) for tile in found]
+
+    if up:
+        return of("up", rows, 1, 4)
+    if h == w == 1:
+        return of("point", n, 1, 1)
+    dense = h == w == 2 and n >= WINDOW_IMAGES and isinstance(layer, Conv) and layer.pooled is None
+    return [*(of("window", n, 4, 4) if dense else []), *of("conv", rows, 9, 1)]
+
+
+@dataclasses.dataclass(frozen=True)
+class TritonConv:
+    """A Conv or an Up by one configuration. kind: see backends/triton/conv.py."""
+
+    kind: str
+    tile: Tile
+
+    @property
+    def name(self) -> str:
+        return f"triton {self.kind + ' ' if self.kind in ('window', 'point') else ''}{self.tile}"
+
+    def prepare(self, layer: Layer, place: Place) -> Bound:
+        assert place.target is not None
+        convolution = layer if isinstance(layer, Conv) else None
+        packed = place.packs.get(
+            layer, ("triton", self.kind, place.dtype), lambda: pack(self.kind, layer.weight, place.dtype)
+        )
+        launch = ConvLaunch(
+            self.kind,
+            place.source,
+            packed,
+            layer.bias,
+            place.target,
+            self.tile,
+            pooled=place.pooled,
+            silu=convolution is not None and convolution.silu,
+            first_column=None if convolution is None else convolution.temb,
+            channels=layer.weight.shape[1],
+        )
+
+        def run(frame: Frame) -> None:
+            launch(frame.x, frame.time_table, frame.time_rows, frame.label_table, frame.label_rows)
+
+        return run
+
+
+@dataclasses.dataclass(frozen=True)
+class TritonOutput:
+    """The last layer, its products in float32 whatever the activations are stored in."""
+
+    name: str = "triton"
+
+    def prepare(self, layer: Layer, place: Place) -> Bound:
+        assert place.source is not None
+        launch = OutputLaunch(place.source, layer.weight, layer.bias)
+
+        def run(frame: Frame) -> None:
+            launch(frame.out)
+
+        return run

@@ -1,0 +1,135 @@
+"""Compiles the Triton convolutions for GPUs that are not there and prints what is in them as JSON, for
+test_triton_aot_conv.py: the first choices of a plan for layers of the tutorial U-Net, launched as the plan would.
+
+A process of its own, because kernels decorated under TRITON_INTERPRET=1 cannot be compiled.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from aot_child import disassemble, meta
+from torch import Tensor
+
+from ddpm_fast.backends.triton import aot
+from ddpm_fast.backends.triton.conv_output import Output as OutputLaunch
+from ddpm_fast.inference.candidate import Frame, Packs, Place
+from ddpm_fast.inference.gpu_layers import listed
+from ddpm_fast.inference.network import Buffer, Conv, Slice, Up
+
+GPUS = {90: (132, 90), 80: (108, 80)}
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+
+# (name, images, side of the source, channels, columns, kind, dtype, capability); names are those of the U-Net's layers.
+LAYERS = [
+    ("down1.conv1", 64, 32, 3, 64, "temb", BF16, 90),
+    ("down2.conv1", 64, 16, 64, 128, "temb", BF16, 90),
+    ("down2.conv2", 64, 16, 128, 128, "pooled", BF16, 90),
+    ("conv_up3.conv1", 512, 8, 512, 256, "temb", BF16, 90),
+    ("conv_up1.conv1", 64, 32, 128, 64, "temb", F16, 90),
+    ("bottleneck.conv1", 64, 2, 512, 1024, "temb", BF16, 90),
+    ("up1", 64, 16, 128, 64, "up", BF16, 90),
+    ("down4.conv1 of one image", 1, 4, 256, 512, "temb", BF16, 90),
+    ("down2.conv1 in float32", 64, 16, 64, 128, "temb", F32, 90),
+    ("down2.conv1", 64, 16, 64, 128, "temb", BF16, 80),
+    ("down2.conv2", 64, 16, 128, 128, "pooled", BF16, 80),
+]
+
+
+def launches(
+    n: int, side: int, channels: int, columns: int, kind: str, dtype: torch.dtype, capability: int
+) -> tuple[str, list[aot.Specialisation]]:
+    """The first choice for a layer, by name, and what it launches."""
+    scale = 2 if kind == "up" else 1
+    buffer = Buffer("b", 2 * columns, 0)
+    image = channels < 16
+    source = None if image else meta(n, side, side, channels, dtype=dtype)
+    target = meta(n, scale * side, scale * side, 2 * columns, dtype=dtype)[..., columns:]
+    layer: Conv | Up
+    if kind == "up":
+        layer = Up("up", meta(channels, columns, 2, 2), meta(columns), Slice(buffer, 0, channels), Slice(buffer, 0, 1))
+    else:
+        layer = Conv(
+            "conv",
+            meta(columns, channels, 3, 3),
+            meta(columns),
+            None if image else Slice(buffer, 0, channels),
+            Slice(buffer, columns, columns),
+            temb=64 if kind == "temb" else None,
+            pooled=Slice(buffer, 0, columns) if kind == "pooled" else None,
+        )
+    pooled = meta(n, side // 2, side // 2, columns, dtype=dtype) if kind == "pooled" else None
+    place = Place(n, side, side, dtype, torch.device("meta"), source, target, pooled, 2944, Packs())
+    images = meta(n, channels, side, side)
+    rows = meta(n, dtype=torch.int64)
+    candidate = listed(layer, n, side, side, dtype, *GPUS[capability])[0]
+    with aot.recorded() as found:
+        candidate.prepare(layer, place)(Frame(images, images, meta(1000, 2944), rows))
+    return candidate.name, found
+
+
+def output(step: bool) -> list[aot.Specialisation]:
+    """The last layer of the U-Net in bfloat16, alone or with the reverse step."""
+
+    def integers(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
+        return meta(*shape, dtype=dtype)
+
+    last = OutputLaunch(meta(64, 32, 32, 64, dtype=BF16), meta(3, 64, 1, 1), meta(3))
+    x = meta(64, 3, 32, 32)
+    with aot.recorded() as found:
+        if step:
+            table = (meta(1000, 8), integers(1000, dtype=torch.int32), integers(1))
+            last.step(x, *table, integers(2), integers(1, dtype=torch.int32), None)
+        else:
+            last(x)
+    return found
+
+
+def cases() -> Iterator[tuple[str, str, int, aot.Specialisation]]:
+    for name, *layer in LAYERS:
+        chosen, found = launches(*layer)
+        for launch in found:
+            reduces = launch.kernel.fn.__name__ == "_reduce_kernel"
+            yield name + (", the parts added" if reduces else ""), chosen, layer[-1], launch
+    for name, step in (("output", False), ("output with the step", True)):
+        yield name, "triton", 90, output(step)[0]
+
+
+WORDS = (r"\bfma\.", r"div\.full", r"\.approx", r"\.ftz", r"\.f64")
+
+
+def inspect(name: str, chosen: str, capability: int, launch: aot.Specialisation) -> dict[str, Any]:
+    """Everything that the tests assert on."""
+    compiled = launch.compile(capability)
+    counts, registers, stack = disassemble(compiled.asm["cubin"])
+
+    def total(*prefixes: str) -> int:
+        return sum(count for word, count in counts.items() if word.startswith(prefixes))
+
+    return {
+        "name": name,
+        "chosen": chosen,
+        "capability": capability,
+        "kernel": launch.kernel.fn.__name__,
+        "kind": launch.constants.get("KIND"),
+        "rows": launch.constants.get("BLOCK_M"),
+        "half": launch.signature.get("target_ptr") != "*fp32",
+        "warps": launch.options["num_warps"],
+        "registers": registers,
+        "spills": stack + total("LDL", "STL"),
+        "instructions": sum(counts.values()),
+        "wgmma": total("HGMMA"),
+        "mma": total("HMMA"),
+        "async": total("LDGSTS."),
+        "memory": {word: count for word, count in counts.items() if word.startswith(("LDGSTS", "LDG.", "STG"))},
+        "shared": compiled.metadata.shared,
+        "ptx": {word: len(re.findall(word, compiled.asm["ptx"])) for word in WORDS},
+    }
+
+
+if __name__ == "__main__":
+    print(json.dumps([inspect(*case) for case in cases()]))

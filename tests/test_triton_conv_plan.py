@@ -1,0 +1,145 @@
+"""The Triton kernels as a plan uses them: whole networks layer by layer in the interpreter, and the choice of tiles."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("triton", reason="Triton is not installed; pip install 'ddpm_fast[triton]'")
+
+from ddpm_fast.backends.triton import launch
+from ddpm_fast.backends.triton.conv_call import Tile
+from ddpm_fast.inference import gpu, gpu_layers
+from ddpm_fast.inference.candidate import Packs
+from ddpm_fast.inference.gpu_tiles import tiles
+from ddpm_fast.inference.known import read
+from ddpm_fast.inference.network import Conv, Up
+from ddpm_fast.inference.plan import frame_for, places
+from ddpm_fast.inference.trial import BOUNDS, error, exact
+from ddpm_fast.nn import UNet
+
+interpreted = pytest.mark.skipif(not launch.INTERPRETED, reason="kernels are compiled here: there is a GPU")
+
+H100, A100 = (132, 90), (108, 80)
+SMALL = (4, 90)  # with so few processors programs are large, which suits the interpreter
+CPU = torch.device("cpu")
+
+
+def unet(**sizes) -> UNet:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        net = UNet(**{"width": 16, "depth": 2, "time_dim": 32, **sizes}).eval()
+        for part in net.modules():
+            if isinstance(part, nn.BatchNorm2d):
+                part.running_mean.normal_(0, 0.2)
+                part.running_var.uniform_(0.5, 1.5)
+                nn.init.uniform_(part.weight, 0.5, 1.5)
+                nn.init.normal_(part.bias, 0, 0.2)
+    return net
+
+
+@interpreted
+@pytest.mark.parametrize(
+    ("size", "sizes", "n", "dtype"),
+    [
+        pytest.param(8, {}, 2, torch.float32, id="float32"),
+        pytest.param(8, {"num_classes": 3, "in_channels": 1}, 3, torch.bfloat16, id="labels_bfloat16"),
+        pytest.param(4, {}, 17, torch.float16, id="float16_down_to_single_pixels"),
+    ],
+)
+@torch.no_grad()
+def test_a_network_of_these_layers_computes_the_model(size, sizes, n, dtype):
+    """Every layer alone against float32, then all of them in a row against the model in float64."""
+    model = unet(**sizes)
+    network = read(model)
+    spots = places(network, n, size, size, dtype, CPU, Packs())
+    frame = frame_for(network, n, size, size, CPU)
+    if network.time.null_label is not None:
+        frame.label_rows = torch.arange(n) % (network.time.null_label + 1)
+    images = torch.arange(n)
+    kinds = set()
+    for layer, place in zip(network.layers, spots, strict=True):
+        listed = gpu_layers.listed(layer, n, place.h, place.w, dtype, *SMALL)
+        kinds |= {getattr(candidate, "kind", "output") for candidate in listed}
+        assert len({candidate.name for candidate in listed}) == len(listed)
+        bound = listed[0].prepare(layer, place)
+        expected = exact(layer, place, frame, images)
+        assert error(layer, place, frame, bound, expected, images) < BOUNDS[dtype], (layer.name, listed[0].name)
+    assert kinds >= {"first", "conv", "up", "output"} | ({"window", "point"} if size == 4 else set())
+    t = torch.linspace(0, 999, n).round()
+    labels = () if frame.label_rows is None else (frame.label_rows,)
+    m = model.double()(frame.x.double(), t, *labels)
+    assert (frame.out.double() - m).norm() / m.norm() < 3 * BOUNDS[dtype]
+
+
+@interpreted
+@torch.no_grad()
+def test_new_weights_are_seen_by_what_is_bound_already():
+    network = read(unet())
+    packs = Packs()
+    layer, place = network.layers[1], places(network, 1, 8, 8, torch.float32, CPU, packs)[1]
+    frame = frame_for(network, 1, 8, 8, CPU)
+    bound = gpu_layers.listed(layer, 1, 8, 8, torch.float32, *H100)[0].prepare(layer, place)
+    place.source.normal_(generator=torch.Generator().manual_seed(0))
+    layer.weight.mul_(-2.0)
+    layer.bias.add_(1.0)
+    packs.refresh()
+    images = torch.arange(1)
+    assert error(layer, place, frame, bound, exact(layer, place, frame, images), images) < BOUNDS[torch.float32]
+
+
+def test_no_candidates_without_a_gpu_or_for_layers_that_do_not_fit():
+    network = read(unet())
+    assert gpu.candidates(network.layers[1], 1, 8, 8, torch.float32, CPU) == []
+    assert gpu.output_step(network.layers[-1], places(network, 1, 8, 8, torch.float32, CPU, Packs())[-1]) is None
+    for layer in read(unet(width=24)).layers:
+        sizes = layer.weight.shape[:2]
+        fits = all(size % 16 == 0 or size == 3 for size in sizes)
+        assert bool(gpu_layers.listed(layer, 1, 8, 8, torch.bfloat16, *H100)) == fits, layer.name
+    for dtype, numbers in ((torch.float64, H100), (torch.bfloat16, (40, 75))):
+        assert gpu_layers.listed(network.layers[1], 1, 8, 8, dtype, *numbers) == []
+    assert gpu_layers.listed(network.layers[1], 2**25, 8, 8, torch.bfloat16, *H100) == []
+
+
+def layers_of_the_tutorial() -> list[tuple[Conv | Up, int]]:
+    network = read(UNet(device="cpu").eval())
+    placed = [(layer, 0 if layer.source is None else layer.source.buffer.level) for layer in network.layers]
+    return [(layer, 32 >> level) for layer, level in placed if not isinstance(layer, gpu_layers.Output)]
+
+
+@pytest.mark.parametrize("numbers", [H100, A100], ids=["H100", "A100"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_tiles_suit_the_layer(dtype, numbers):
+    for layer, side in layers_of_the_tutorial():
+        for n in (1, 16, 64, 512):
+            rows = n * side * side
+            found = [c for c in gpu_layers.listed(layer, n, side, side, dtype, *numbers) if c.kind in ("conv", "up")]
+            assert len(found) <= gpu_layers.TILES
+            channels = layer.weight.shape[0 if isinstance(layer, Up) else 1]
+            for tile in (candidate.tile for candidate in found):
+                assert channels % tile.k == 0
+                assert tile.m < 2 * max(rows, 16)
+                # What was seen not to spill: test_triton_aot_conv.py.
+                assert tile.m * tile.n <= (16384 if dtype == torch.bfloat16 else 4096)
+                assert tile.k <= (64 if dtype == torch.bfloat16 else 32)
+                assert not (numbers == A100 and tile.m * tile.n >= 8192 and tile.k > 32)
+                operands = (tile.m + tile.n) * tile.k * dtype.itemsize * tile.stages
+                assert operands <= 163 * 1024
+
+
+def test_few_rows_split_the_sum_and_many_do_not():
+    def best(rows: int) -> Tile:
+        return tiles(rows, 512, 1, 512, 9, torch.bfloat16, *H100, 4)[0]
+
+    assert best(16).splits > 1
+    assert best(16).m == 16
+    assert best(16 * 512) == Tile(128, 128, 64)
+
+
+def test_tiles_are_of_different_shapes_where_there_are_enough():
+    found = tiles(4096, 128, 1, 128, 9, torch.bfloat16, *H100, 4)
+    assert len({(tile.m, tile.n) for tile in found}) == len(found) == 4
+    few = tiles(16, 512, 1, 512, 9, torch.bfloat16, *H100, 6)  # of one row block there are three shapes
+    assert len(set(few)) == len(few) == 6
+    assert tiles(4, 16, 1, 16, 1, torch.bfloat16, *H100, 8) == [Tile(16, 32, 16, stages=4)]
