@@ -1,20 +1,15 @@
-// The Python module ddpm_fast._C: pointers come in as integers, errors go out as exceptions. The only file that knows
-// Python.
+// The Python module ddpm_fast._C: pointers come in as integers, errors go out as exceptions. The only files that know
+// Python are this one and bindings_inference.cpp.
 //
 // Every op function takes (device, stream_or_threads, ...): device -1 is the CPU and then the second number is how many
 // threads may be used; otherwise it is a CUDA device index and the second number is its cudaStream_t.
 #include <pybind11/pybind11.h>
 
-#include <pybind11/stl.h>
-
 #include <stdexcept>
 #include <string>
 
+#include "bindings.h"
 #include "kernels.h"
-#if defined(DDPM_FAST_INFERENCE)
-#include "cpu/inference/isa.h"
-#include "cpu/inference/program.h"
-#endif
 
 #ifndef DDPM_FAST_MODULE_NAME
 #define DDPM_FAST_MODULE_NAME _C
@@ -27,15 +22,6 @@ namespace py = pybind11;
 
 namespace ddpm_fast {
 namespace {
-
-using Address = uintptr_t;
-
-template <typename T>
-T* pointer(Address address) {
-  return reinterpret_cast<T*>(address);
-}
-
-Array array(Address address, int dtype) { return {pointer<void>(address), static_cast<DType>(dtype)}; }
 
 Shape shape_of(int64_t n, int64_t channels, int64_t inner, bool channels_last) {
   return {n, channels, inner, channels_last};
@@ -258,119 +244,6 @@ py::dict build_info() {
 #endif
   return info;
 }
-
-#if defined(DDPM_FAST_INFERENCE)
-// ---- the fused U-Net on a CPU (cpu/inference) ----
-
-using namespace inference;
-
-// (name, "bf16" or "f32") of every instruction set that can be used here, best first
-py::list inference_isas() {
-  py::list result;
-  for (const Kernels* kernels : usable_kernels())
-    result.append(py::make_tuple(kernels->name, kernels->half ? "bf16" : "f32"));
-  return result;
-}
-
-int64_t packed_bytes(const std::string& kind, const std::string& isa, int64_t out_channels, int64_t in_channels) {
-  return Packing(kind_named(kind), kernels_named(isa), out_channels, in_channels).bytes();
-}
-
-void pack_weights(
-    const std::string& kind, const std::string& isa, int64_t out_channels, int64_t in_channels, Address weight,
-    Address packed, int threads
-) {
-  const Kind known = kind_named(kind);
-  const Kernels& kernels = kernels_named(isa);
-  py::gil_scoped_release unlocked;
-  pack(known, kernels, out_channels, in_channels, pointer<float>(weight), pointer<void>(packed), threads);
-}
-
-void add_convolution(
-    Program& program, Kind kind, const std::string& isa, const Sizes& sizes, Place source, Address packed, Address bias,
-    bool silu, int64_t temb_column, Place target, Place pooled
-) {
-  Convolution::Ends ends{source, target, pooled, silu, temb_column};
-  program.add(
-      std::make_unique<Convolution>(kind, kernels_named(isa), sizes, ends, pointer<void>(packed), pointer<float>(bias))
-  );
-}
-
-void program_conv(
-    Program& program, const std::string& kind, const std::string& isa, int64_t n, int64_t h, int64_t w, int64_t in,
-    int64_t out, Address source, int64_t source_stride, Address packed, Address bias, bool silu, int64_t temb_column,
-    Address target, int64_t target_stride, Address pooled, int64_t pooled_stride
-) {
-  add_convolution(
-      program, kind_named(kind), isa, {n, h, w, in, out}, {pointer<void>(source), source_stride}, packed, bias, silu,
-      temb_column, {pointer<void>(target), target_stride}, {pointer<void>(pooled), pooled_stride}
-  );
-}
-
-void program_first(
-    Program& program, const std::string& isa, int64_t n, int64_t h, int64_t w, int64_t in, int64_t out, Address packed,
-    Address bias, bool silu, int64_t temb_column, Address target, int64_t target_stride, Address pooled,
-    int64_t pooled_stride
-) {
-  add_convolution(
-      program, Kind::first, isa, {n, h, w, in, out}, {}, packed, bias, silu, temb_column,
-      {pointer<void>(target), target_stride}, {pointer<void>(pooled), pooled_stride}
-  );
-}
-
-void program_up(
-    Program& program, const std::string& isa, int64_t n, int64_t h, int64_t w, int64_t in, int64_t out, Address source,
-    int64_t source_stride, Address packed, Address bias, Address target, int64_t target_stride
-) {
-  program.add(
-      std::make_unique<Upsampling>(
-          kernels_named(isa), Sizes{n, h, w, in, out}, Place{pointer<void>(source), source_stride},
-          Place{pointer<void>(target), target_stride}, pointer<void>(packed), pointer<float>(bias)
-      )
-  );
-}
-
-void program_output(
-    Program& program, const std::string& isa, int64_t n, int64_t h, int64_t w, int64_t in, int64_t out, Address source,
-    int64_t source_stride, Address packed, Address bias
-) {
-  program.add(
-      std::make_unique<Output>(
-          kernels_named(isa), Sizes{n, h, w, in, out}, Place{pointer<void>(source), source_stride},
-          pointer<void>(packed), pointer<float>(bias)
-      )
-  );
-}
-
-void program_run(
-    Program& program, Address x, Address out, Address time_table, Address time_rows, Address label_table,
-    Address label_rows, int threads
-) {
-  Run run;
-  run.x = pointer<float>(x);
-  run.out = pointer<float>(out);
-  run.time_table = pointer<float>(time_table);
-  run.time_rows = pointer<int64_t>(time_rows);
-  run.label_table = pointer<float>(label_table);
-  run.label_rows = pointer<int64_t>(label_rows);
-  py::gil_scoped_release unlocked;
-  program.run(run, threads);
-}
-
-void bind_inference(py::module_& m) {
-  m.def("inference_isas", &inference_isas);
-  m.def("packed_bytes", &packed_bytes);
-  m.def("pack", &pack_weights);
-  py::class_<Program>(m, "Program")
-      .def(py::init<int64_t>())
-      .def("conv", &program_conv)
-      .def("first", &program_first)
-      .def("up", &program_up)
-      .def("output", &program_output)
-      .def("run", &program_run)
-      .def("seconds", [](const Program& program) { return program.seconds(); });
-}
-#endif
 
 }  // namespace
 }  // namespace ddpm_fast

@@ -12,7 +12,7 @@ from sampler_models import Net
 
 import ddpm_fast
 from ddpm_fast import Sampler, Schedule, ops
-from ddpm_fast.inference import Compiled, ending, library, module
+from ddpm_fast.inference import Compiled, ending, library, module, native
 from ddpm_fast.inference.candidate import Frame
 from ddpm_fast.inference.trial import timer_for
 
@@ -254,6 +254,62 @@ class TestModelsThatAreNotKnown:
         assert "bottleneck has forward hooks" in fused.not_fused_because
         assert torch.equal(fused.sample(1, SHAPE, seed=0), plain.sample(1, SHAPE, seed=0))
         assert len(seen) == 6
+
+
+@pytest.mark.skipif(not native.available(), reason="the extension has no inference layers here")
+class TestOneCall:
+    """On a CPU a plan of our own layers runs network, reverse step and the next row as one call of the extension."""
+
+    @pytest.fixture
+    def calls(self, monkeypatch) -> list[str]:
+        """What runs a step in pieces, as often as it is called."""
+        calls: list[str] = []
+
+        def watched(self, *arguments, **more):
+            calls.append("at_rows")
+            return at_rows(self, *arguments, **more)
+
+        at_rows = Compiled.at_rows
+        monkeypatch.setattr(Compiled, "at_rows", watched)
+        return calls
+
+    @pytest.mark.parametrize("classes", [None, 3])
+    def test_has_the_bits_of_the_pieces(self, calls, classes) -> None:
+        labels = {} if classes is None else {"labels": [2, 0, 1]}
+        _, fused = both(make_unet(num_classes=classes), deterministic=True, chunk=3, steps=6)
+        images = fused.sample(3, SHAPE, seed=1, **labels)
+        last = list(fused.stream(3, SHAPE, seed=1, **labels))[-1]
+        assert not calls
+        with ddpm_fast.use_backend("reference"):
+            assert torch.equal(fused.sample(3, SHAPE, seed=1, **labels), images)
+        assert len(calls) == 6
+        calls.clear()
+        pieces = list(fused.stream(4, SHAPE, seed=1, **({} if classes is None else {"labels": [2, 0, 1, 3]})))
+        assert len(calls) == 12  # two chunks
+        assert torch.equal(last.x, images)
+        assert torch.equal(pieces[-1].x[:3], images)
+        assert torch.equal(pieces[-1].x0[:3], last.x0)
+
+    def test_says_which_row_went_wrong(self) -> None:
+        net = make_unet()
+        _, fused = both(net, deterministic=True, chunk=2, steps=5)
+        fused.sample(2, SHAPE, seed=0)
+        net.output.bias.data.fill_(float("nan"))
+        with pytest.raises(RuntimeError, match=r"row 0 \(t = 39\)"):
+            fused.sample(2, SHAPE, seed=0)
+        _, new = both(net, deterministic=True, chunk=2, steps=5)
+        with pytest.raises(RuntimeError, match=r"layer output gives values that are not finite .* NaN or infinity"):
+            new.sample(2, SHAPE, seed=0)
+
+    def test_ends_when_the_weights_move(self, calls) -> None:
+        net = make_unet()
+        plain, fused = both(net, deterministic=True, chunk=2, steps=4)
+        expected = [step.x for step in plain.stream(2, SHAPE, seed=0)]
+        for row, step in enumerate(fused.stream(2, SHAPE, seed=0)):
+            torch.testing.assert_close(step.x, expected[row], rtol=1e-3, atol=1e-3)
+            if row == 1:
+                for parameter in net.parameters():
+                    parameter.data = parameter.data.clone()
 
 
 def test_a_compiled_plan_is_a_model_for_a_sampler() -> None:

@@ -6,10 +6,13 @@ import threading
 import time
 import weakref
 from collections import OrderedDict
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
+from ..backends import native as extension
+from ..backends import resolve
 from . import native
 from .candidate import Packs
 from .known import read
@@ -150,6 +153,43 @@ class Compiled:
             self._load(plan, labels)
             plan.run_all_but_last(x, table, plan.rows)
             plan.step(x, *steps, rows, rng, bad_row, x0_out)
+
+    def whole_step(
+        self,
+        x: Tensor,
+        m: Tensor,
+        row: Tensor,
+        labels: Tensor | None,
+        steps: tuple[Tensor, Tensor],
+        rng: Tensor,
+        bad_row: Tensor,
+        x0_out: Tensor | None = None,
+    ) -> Callable[[], bool] | None:
+        """at_rows, ops.ddpm_step and row += 1 on these static tensors as one call, where a plan on a CPU can do that.
+
+        x, m: float32, contiguous. row: int64 [1]. labels: int64 [N] or None. Returns None where it cannot, else what
+        does one step and returns True, or returns False and does nothing once the plan was made anew.
+        """
+        if self.device.type != "cpu" or resolve("ddpm_step", x) is not extension.ddpm_step:
+            return None
+        self._check(x, labels)
+        table, _ = self._check_rows(x, row)
+        plan, time = self.plan(x.shape[0], x.shape[2], x.shape[3]), self._network.time
+        if plan.program is None or (labels is not None and labels.dtype != torch.int64):
+            return None
+        if labels is None and time.null_label is not None:
+            labels = torch.full((x.shape[0],), time.null_label, dtype=torch.int64)
+        call = plan.program.step(x, m, table, time.labels, labels, steps, row, rng, bad_row, x0_out)
+        kept = (plan, table, labels)  # what the call has the addresses of
+
+        def step() -> bool:
+            with self._lock:
+                if self._table is not kept[1]:
+                    return False
+                call()
+            return True
+
+        return step
 
     def prepare(self, n: int, shape: tuple[int, ...]) -> Plan:
         """Makes the plan for n images of this shape (C, H, W), so that the first call does not have to.

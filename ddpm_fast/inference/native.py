@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -150,5 +151,44 @@ class Run:
             frame.time_rows.data_ptr(),
             0 if label_table is None else label_table.data_ptr(),
             0 if label_rows is None else label_rows.data_ptr(),
+            torch.get_num_threads(),
+        )
+
+    def step(
+        self,
+        x: Tensor,
+        m: Tensor,
+        time_table: Tensor,
+        label_table: Tensor | None,
+        label_rows: Tensor | None,
+        steps: tuple[Tensor, Tensor],
+        row: Tensor,
+        rng: Tensor,
+        bad_row: Tensor,
+        x0_out: Tensor | None,
+    ) -> Callable[[], None]:
+        """A whole sampling step on static tensors, as one call: m = network(x); x = ddpm_step(x, m, row); row += 1.
+
+        With one image, between two steps 64 MB of weights have gone through the caches, and Python's part of a step
+        is read from memory again: the less of it the better. The tensors are the caller's to keep alive.
+        """
+        table, t_of_row = steps
+        return functools.partial(
+            self._program.step,
+            x.data_ptr(),
+            m.data_ptr(),
+            time_table.data_ptr(),
+            0 if label_table is None else label_table.data_ptr(),
+            0 if label_rows is None else label_rows.data_ptr(),
+            x.shape[0],
+            x.shape[1],
+            x.shape[2] * x.shape[3],
+            table.data_ptr(),
+            t_of_row.data_ptr(),
+            table.shape[0],
+            row.data_ptr(),
+            rng.data_ptr(),
+            0 if x0_out is None else x0_out.data_ptr(),
+            bad_row.data_ptr(),
             torch.get_num_threads(),
         )

@@ -109,6 +109,12 @@ class Plan:
         for bound in self._before_last:
             bound(frame)
 
+    @property
+    def program(self) -> native.Run | None:
+        """The one call that a step of this plan is, where it is one."""
+        (first, *more) = self._bounds
+        return first if isinstance(first, native.Run) and not more and self.module is None else None
+
     def __str__(self) -> str:
         head = f"{self.n} images of {self.h} x {self.w}, activations in {self.dtype}, {len(self._bounds)} calls a step"
         if self.step is not None:

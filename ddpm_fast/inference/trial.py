@@ -119,6 +119,11 @@ def serving(
     if place.n > CHECKED_IMAGES:
         images = torch.linspace(0, place.n - 1, CHECKED_IMAGES, device=place.device).round().long()
     expected = exact(layer, place, frame, images)
+    if not bool(torch.isfinite(expected).all()):
+        raise RuntimeError(
+            f"layer {layer.name} gives values that are not finite for normal images, so no fused plan can be checked: "
+            f"the model's weights hold NaN or infinity, or its activations overflow {place.dtype}"
+        )
     limit = bound_of(place.dtype, place.device)
     result: list[Contender] = []
     reasons: list[str] = []

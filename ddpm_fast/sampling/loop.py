@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -124,6 +125,15 @@ class Loop:
             row_shape, dtype = layout.label
             size = (halves, chunk, *row_shape)
             self.labels = [torch.zeros(size, dtype=dtype, device=device) for _ in self.chunks]
+        self.one_call = self._one_call() if plain_step and not self.one_pass else None
+
+    def _one_call(self) -> Callable[[], bool] | None:
+        """The whole step as one call, where the fused plan has that."""
+        fused, m = self.plan.fused, self.fused_m
+        if fused is None or m is None:
+            return None
+        labels, steps = self.labels[0][0] if self.labels else None, (self.plan.steps.table, self.plan.steps.t_of_row)
+        return fused.whole_step(self.x, m, self.row, labels, steps, self.rng, self.bad_row, self.x0)
 
     def load(self, run: Start) -> None:
         """Write a run's values into the buffers; the next step is that of row `run.start`."""
@@ -148,6 +158,10 @@ class Loop:
     def step(self) -> None:
         """Advance every sample by the row that `self.row` names, and move `self.row` on."""
         plan = self.plan
+        if self.one_call is not None:
+            if self.one_call():
+                return
+            self.one_call = self._one_call()  # the weights moved between two rows
         if self.one_pass and plan.fused is not None:
             labels, steps = self.labels[0][0] if self.labels else None, (plan.steps.table, plan.steps.t_of_row)
             plan.fused.step_at_rows(self.x, self.row, labels, steps, self.rng, self.bad_row, self.x0)

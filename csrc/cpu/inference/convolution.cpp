@@ -183,7 +183,7 @@ void Convolution::finish(const Run& run, int64_t first, int64_t count, const Gro
     const int64_t y = window / columns_ * 2, x = window % columns_ * 2;
     f.m = m + i * width * (direct ? 4 : 1);
     if (ends_.temb_column >= 0) {
-      f.temb = run.time_table + run.time_rows[n] * run.columns + ends_.temb_column + channel;
+      f.temb = run.time_table + run.time_rows[n * run.time_rows_stride] * run.columns + ends_.temb_column + channel;
       if (run.label_table != nullptr)
         f.label = run.label_table + run.label_rows[n] * run.columns + ends_.temb_column + channel;
     }

@@ -15,7 +15,8 @@ struct Run {
   const float* x = nullptr;  // the images, float32 (n, c, h, w)
   float* out = nullptr;      // like x
   const float* time_table = nullptr;
-  const int64_t* time_rows = nullptr;  // [n]
+  const int64_t* time_rows = nullptr;  // [n], or with stride 0 one for all images
+  int64_t time_rows_stride = 1;
   const float* label_table = nullptr;  // optional
   const int64_t* label_rows = nullptr;
   int64_t columns = 0;  // of both tables
