@@ -21,7 +21,7 @@ import pytest
 TESTS = Path(__file__).resolve().parent
 sys.path.insert(0, str(TESTS / "amx_on_cpu"))
 
-import build  # noqa: E402
+import amx_build  # noqa: E402
 
 PANEL = 16
 STEP = 32  # k of one instruction
@@ -46,7 +46,7 @@ pytestmark = [
         platform.machine() not in {"x86_64", "AMD64"} or not sys.platform.startswith("linux"),
         reason="AMX is of x86-64, and the test reads /proc/cpuinfo",
     ),
-    pytest.mark.skipif(build.compiler() is None, reason="needs a C++ compiler"),
+    pytest.mark.skipif(amx_build.compiler() is None, reason="needs a C++ compiler"),
 ]
 
 
@@ -54,16 +54,16 @@ class Built:
     """What is compiled for this file."""
 
     def __init__(self, folder: Path) -> None:
-        self.object = build.kernel_object(folder, emulated=False)
-        self.real = build.library(folder, self.object, emulated=False)
-        self.emulated = build.library(folder, build.kernel_object(folder, emulated=True), emulated=True)
-        self.bounds, self.program = build.checks(folder)
+        self.object = amx_build.kernel_object(folder, emulated=False)
+        self.real = amx_build.library(folder, self.object, emulated=False)
+        self.emulated = amx_build.library(folder, amx_build.kernel_object(folder, emulated=True), emulated=True)
+        self.bounds, self.program = amx_build.checks(folder)
 
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
     folder = tmp_path_factory.mktemp("amx")
-    if not build.understands(folder, *build.AMX):
+    if not amx_build.understands(folder, *amx_build.AMX):
         pytest.skip("the compiler or its assembler does not know AMX: GCC 11 or Clang 12 and binutils 2.36 do")
     return Built(folder)
 
@@ -300,7 +300,7 @@ def disassembled(program: Path) -> dict[str, list[tuple[int, str, str]]]:
     """Address, mnemonic and operands of the instructions of each function."""
     functions: dict[str, list[tuple[int, str, str]]] = {}
     lines: list[tuple[int, str, str]] = []
-    for line in build.run("objdump", "-d", "--no-show-raw-insn", program).splitlines():
+    for line in amx_build.run("objdump", "-d", "--no-show-raw-insn", program).splitlines():
         if found := re.match(r"[0-9a-f]+ <(.*)>:$", line):
             lines = functions.setdefault(found.group(1), [])
         elif found := re.match(r"\s*([0-9a-f]+):\s+(\S+)\s*(.*)$", line):
@@ -329,7 +329,7 @@ class TestMachineCode:
     """What the compiler made for real tiles."""
 
     def test_inner_loops_are_tiles_and_nothing_from_the_stack(self, built: Built) -> None:
-        if "Free Software Foundation" not in build.run(str(build.compiler()), "--version"):
+        if "Free Software Foundation" not in amx_build.run(str(amx_build.compiler()), "--version"):
             pytest.skip("the loops are looked for as GCC writes them")
         shapes = set()
         for name, lines in disassembled(built.object).items():
@@ -345,6 +345,6 @@ class TestMachineCode:
     def test_only_the_table_is_seen_from_outside(self, built: Built) -> None:
         """An inline function compiled for AVX512 must not be the copy that other files get."""
         defined = [
-            line.split() for line in build.run("nm", "--defined-only", "--extern-only", built.object).splitlines()
+            line.split() for line in amx_build.run("nm", "--defined-only", "--extern-only", built.object).splitlines()
         ]
         assert [(kind, name) for _, kind, name in defined] == [("T", "_ZN9ddpm_fast9inference16kernels_amx_bf16Ev")]
