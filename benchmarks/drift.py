@@ -37,10 +37,12 @@ def final_images(candidate: Candidate, problem: Problem, steps: int | None) -> T
             candidate.sampler.model, problem.schedule, fused=candidate.fused, dtype=candidate.dtype, **options
         )
     else:
-        # A baseline has its labels already.
-        sampler = Sampler(
-            lambda x, t: candidate.predict(int(t[0]), x), problem.schedule, device=problem.device, **options
-        )
+
+        def predict(x: Tensor, t: Tensor) -> Tensor:  # a baseline has its labels already
+            with torch.inference_mode(False):  # compiled ones are made for ordinary tensors
+                return candidate.predict(int(t[0]), x.clone())
+
+        sampler = Sampler(predict, problem.schedule, device=problem.device, **options)
     labels = problem.labels if isinstance(candidate, Ours) else None
     images: Tensor = sampler.sample(problem.case.n, problem.case.shape, seed=SEED, labels=labels, progress=False)
     return images.cpu()

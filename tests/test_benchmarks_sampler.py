@@ -108,7 +108,8 @@ def test_candidates_compute_the_same_network(module, tiny, name, num_classes):
     assert record["status"] == "ok"
     assert record["error"] < (1e-5 if name.endswith("32") else 3e-2)
     assert candidate.flags
-    assert candidate.seconds(2) > 0
+    # A step of so small a network is shorter than what disturbs a call on a busy machine.
+    assert max(candidate.seconds(10) for _ in range(5)) > 0
 
 
 @pytest.mark.parametrize("name", ["E32", "E16"])

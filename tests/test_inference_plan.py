@@ -201,6 +201,17 @@ class TestPlans:
         with pytest.raises(AssertionError, match="measured again"):
             inference.compile(net, dtype=torch.bfloat16)(x, t)
 
+    def test_a_large_batch_takes_the_choices_of_a_smaller_one(self, monkeypatch) -> None:
+        monkeypatch.setattr(planner, "TRIED_IMAGES", 3)
+        net = make_unet()
+        fused = inference.compile(net)
+        x, t = inputs(7, (3, 8, 8))
+        assert relative_error(fused(x, t), exact(net, x, t)) < 1e-5
+        assert "measured with 3 images" in fused.describe(7, 8, 8)
+        assert "measured with" not in fused.describe(3, 8, 8)
+        chosen = [[ranking.chosen for ranking in fused.plan(n, 8, 8).choices] for n in (7, 3)]
+        assert chosen[0] == chosen[1]
+
     def test_measurements_are_bounded(self, monkeypatch) -> None:
         monkeypatch.setattr(planner, "KEPT_MEASUREMENTS", 2)
         monkeypatch.setattr(trial, "ROUNDS", 1)

@@ -84,6 +84,7 @@ class Plan:
     ) -> None:
         self.n, self.h, self.w, self.dtype = n, h, w, dtype
         self.network, self.choices, self.uses = network, choices, uses
+        self.tried = n  # images of the trial that the choices come from
         self.module: Module | None = None  # the model itself, where it was seen to be faster
         self.step: Step | None = None  # last layer and reverse step in one, where that pays
         device, columns = network.time.weight.device, network.time.weight.shape[0]
@@ -121,6 +122,8 @@ class Plan:
             head += ", last layer and reverse step in one"
         if self.module is not None:
             head += f"; not used: the model as it is was faster, in {self.module.dtype}"
+        if self.tried != self.n and any(us is not None for _, us in self.choices[0].times):
+            head += f"; measured with {self.tried} images"
         lines = [head]
         for ranking in self.choices:
             shown = [name if us is None else f"{name} {us:.0f} us" for name, us in ranking.times]

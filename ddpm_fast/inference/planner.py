@@ -17,6 +17,9 @@ from .plan import Plan, frame_for, listed, places, signature
 from .trial import Ranking, fastest, serving
 
 KEPT_MEASUREMENTS = 64
+TRIED_IMAGES = (
+    64  # on a CPU a larger batch takes the choices of this one: layers scale, and its trial would take minutes
+)
 
 # What was measured in this process, by all that it depends on: rankings per layer, and the dtype in which the module
 # itself won, if it did.
@@ -56,6 +59,8 @@ def make(
     known = None if deterministic else _measured.get(key)
     if deterministic:
         choices = _first(network, spots, frame)
+    elif known is None and device.type == "cpu" and n > TRIED_IMAGES:
+        choices = make(network, TRIED_IMAGES, h, w, dtype, packs, modules, deterministic).choices
     elif known is None:
         choices = fastest(network.layers, spots, frame, listed)
     else:
@@ -63,6 +68,8 @@ def make(
     with packs.recording() as uses:  # bound once more, for what the chosen ones need and nothing else
         bounds = _bound(network, spots, choices)
     plan = Plan(network, n, h, w, stored, bounds, choices, set(uses))
+    if device.type == "cpu":
+        plan.tried = min(n, TRIED_IMAGES)
     if known is not None:
         plan.module = None if known[1] is None else modules[known[1]]
     elif not deterministic:
