@@ -26,7 +26,7 @@ test: $(VENV)/.installed
 
 bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/run.py $(BENCH_ARGS)
-	$(BIN)/python benchmarks/report.py benchmarks/results/*.json
+	$(BIN)/python benchmarks/report.py "$$(ls -t benchmarks/results/*.json | head -1)"
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
