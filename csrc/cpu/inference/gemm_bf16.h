@@ -3,6 +3,7 @@
 #pragma once
 
 #include "kernels.h"
+#include "rest.h"
 
 namespace {
 
@@ -60,24 +61,7 @@ void strip(const Gemm& g) {
       _mm_prefetch(next, _MM_HINT_T1);
     micro<MR, NP>(g, row);
   }
-  switch (g.m - row) {
-#define DDPM_FAST_REST(left)                                                                                           \
-  case left:                                                                                                           \
-    if constexpr (left < MR) micro<left, NP>(g, row);                                                                  \
-    break;
-    DDPM_FAST_REST(1)
-    DDPM_FAST_REST(2)
-    DDPM_FAST_REST(3)
-    DDPM_FAST_REST(4)
-    DDPM_FAST_REST(5)
-    DDPM_FAST_REST(6)
-    DDPM_FAST_REST(7)
-    DDPM_FAST_REST(8)
-    DDPM_FAST_REST(9)
-    DDPM_FAST_REST(10)
-    DDPM_FAST_REST(11)
-#undef DDPM_FAST_REST
-  }
+  with_rest<MR>(g.m - row, [&](auto rest) { micro<decltype(rest)::value, NP>(g, row); });
 }
 
 void gemm_pairs(const Gemm& g) {

@@ -5,6 +5,7 @@
 #pragma once
 
 #include "kernels.h"
+#include "rest.h"
 
 namespace {
 
@@ -55,24 +56,7 @@ void strip(const Gemm& g, int64_t column) {
   int64_t row = 0;
   for (; row + MR <= g.m; row += MR)
     micro<MR, NR>(g, row, column);
-  switch (g.m - row) {
-#define DDPM_FAST_REST(left)                                                                                           \
-  case left:                                                                                                           \
-    if constexpr (left < MR) micro<left, NR>(g, row, column);                                                          \
-    break;
-    DDPM_FAST_REST(1)
-    DDPM_FAST_REST(2)
-    DDPM_FAST_REST(3)
-    DDPM_FAST_REST(4)
-    DDPM_FAST_REST(5)
-    DDPM_FAST_REST(6)
-    DDPM_FAST_REST(7)
-    DDPM_FAST_REST(8)
-    DDPM_FAST_REST(9)
-    DDPM_FAST_REST(10)
-    DDPM_FAST_REST(11)
-#undef DDPM_FAST_REST
-  }
+  with_rest<MR>(g.m - row, [&](auto rest) { micro<decltype(rest)::value, NR>(g, row, column); });
 }
 
 void gemm(const Gemm& g) {

@@ -4,27 +4,7 @@
 #include "vector.h"
 // vector.h first
 #include "gemm_f32.h"
+#include "table.h"
 #include "transforms.h"
 
-namespace ddpm_fast::inference {
-
-const Kernels* kernels_avx512() {
-  static const Kernels table = {
-      "avx512",
-      false,
-      1,
-      nullptr,
-      nullptr,
-      gemm,
-      winograd_in,
-      window_in,
-      finish<WinogradOut>,
-      finish<WindowOut>,
-      finish<DirectOut>,
-      store_rows,
-      to_float,
-  };
-  return &table;
-}
-
-}  // namespace ddpm_fast::inference
+DDPM_FAST_TABLE(avx512, false, 1, nullptr, nullptr, gemm)

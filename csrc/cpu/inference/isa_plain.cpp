@@ -4,27 +4,7 @@
 #include "vector.h"
 // vector.h first
 #include "gemm_f32.h"
+#include "table.h"
 #include "transforms.h"
 
-namespace ddpm_fast::inference {
-
-const Kernels* kernels_plain() {
-  static const Kernels table = {
-      "plain",
-      false,
-      1,
-      nullptr,
-      nullptr,
-      gemm,
-      winograd_in,
-      window_in,
-      finish<WinogradOut>,
-      finish<WindowOut>,
-      finish<DirectOut>,
-      store_rows,
-      to_float,
-  };
-  return &table;
-}
-
-}  // namespace ddpm_fast::inference
+DDPM_FAST_TABLE(plain, false, 1, nullptr, nullptr, gemm)
