@@ -7,6 +7,7 @@ G16   E16 with BatchNorm folded, the whole step in one CUDA graph
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
@@ -57,8 +58,9 @@ class Baseline(Candidate):
         """The plain network in this baseline's dtype; half precision is channels_last."""
         return cast(PlainUNet(problem.unet).eval(), self.dtype)
 
+    @abstractmethod
     def make(self, network: PlainUNet) -> Step:
-        raise NotImplementedError
+        """The reverse step around this network, in this baseline's own way."""
 
     def guard(self) -> AbstractContextManager[Any]:
         return torch.inference_mode()

@@ -19,6 +19,7 @@ from timing import interleaved_rounds
 
 import ddpm_fast
 from ddpm_fast.backends import native
+from ddpm_fast.demo.report import cpu_name
 
 PACKAGES = ("torch", "triton", "openvino", "diffusers", "numpy")
 
@@ -28,17 +29,6 @@ def _version(package: str) -> str:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return "not installed"
-
-
-def cpu_model() -> str:
-    """As the kernel or the platform names it."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
 
 
 def _commit() -> str:
@@ -73,7 +63,7 @@ def facts(device: torch.device) -> dict[str, Any]:
     isas = getattr(native._C, "inference_isas", None)
     result: dict[str, Any] = {
         "device": device.type,
-        "cpu": cpu_model(),
+        "cpu": cpu_name(),
         "cpu_features": _cpu_features(),
         "cpus": os.cpu_count(),
         "threads": torch.get_num_threads(),

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    """The processor, as the kernel or the platform names it."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as lines:
             for line in lines:
@@ -25,7 +26,7 @@ def _cpu_name() -> str:
 def machine_facts(device: torch.device) -> dict[str, Any]:
     """Names and versions that a measured second depends on."""
     facts: dict[str, Any] = {
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
         "cpu_count": os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
         "system": f"{platform.system()} {platform.machine()}",
