@@ -28,9 +28,9 @@ int64_t spread(int64_t elements, int64_t bytes) { return elements + kLine / byte
 
 }  // namespace
 
-Layer::Layer(Kind kind, const Kernels& kernels, const Sizes& sizes, const void* packed, const float* bias)
-    : kind_(kind), kernels_(kernels), sizes_(sizes), packing_(kind, kernels, sizes.out, sizes.in), packed_(packed),
-      bias_(bias), bytes_(kernels.half ? 2 : 4) {
+Product::Product(Kind kind, const Kernels& kernels, const Sizes& sizes, const void* packed, const float* bias)
+    : Layer(kernels), kind_(kind), sizes_(sizes), packing_(kind, kernels, sizes.out, sizes.in), packed_(packed),
+      bias_(bias) {
   if (sizes.n < 1 || sizes.h < 1 || sizes.w < 1)
     throw std::invalid_argument(
         "n, h and w must be at least 1, got " + std::to_string(sizes.n) + ", " + std::to_string(sizes.h) + ", " +
@@ -38,7 +38,7 @@ Layer::Layer(Kind kind, const Kernels& kernels, const Sizes& sizes, const void* 
     );
 }
 
-const void* Layer::weights(const Group& group, int64_t position) const {
+const void* Product::weights(const Group& group, int64_t position) const {
   const int64_t at = group.offset + position * packing_.position_elements(group);
   return static_cast<const char*>(packed_) + at * (packing_.half ? 2 : 4);
 }
@@ -46,7 +46,7 @@ const void* Layer::weights(const Group& group, int64_t position) const {
 Convolution::Convolution(
     Kind kind, const Kernels& kernels, const Sizes& sizes, const Ends& ends, const void* packed, const float* bias
 )
-    : Layer(kind, kernels, sizes, packed, bias), ends_(ends), rows_((sizes.h + 1) / 2), columns_((sizes.w + 1) / 2),
+    : Product(kind, kernels, sizes, packed, bias), ends_(ends), rows_((sizes.h + 1) / 2), columns_((sizes.w + 1) / 2),
       total_(sizes.n * rows_ * columns_),
       most_(
           kind == Kind::winograd || kind == Kind::window

@@ -18,7 +18,7 @@ int64_t divided_up(int64_t value, int64_t by) { return (value + by - 1) / by; }
 Upsampling::Upsampling(
     const Kernels& kernels, const Sizes& sizes, Place source, Place target, const void* packed, const float* bias
 )
-    : Layer(Kind::up, kernels, sizes, packed, bias), source_(source), target_(target),
+    : Product(Kind::up, kernels, sizes, packed, bias), source_(source), target_(target),
       blocks_(divided_up(sizes.n * sizes.h * sizes.w, kPixels)) {}
 
 int64_t Upsampling::cut(int threads) {
@@ -65,7 +65,7 @@ void Upsampling::work(int64_t item, const Run&, char* scratch) const {
 }
 
 Output::Output(const Kernels& kernels, const Sizes& sizes, Place source, const void* packed, const float* bias)
-    : Layer(Kind::output, kernels, sizes, packed, bias), source_(source), float_kernels_(float_kernels(kernels)),
+    : Product(Kind::output, kernels, sizes, packed, bias), source_(source), float_kernels_(float_kernels(kernels)),
       blocks_(divided_up(sizes.n * sizes.h * sizes.w, kPixels)) {}
 
 int64_t Output::cut(int) { return blocks_; }

@@ -34,7 +34,7 @@ struct Sizes {
 
 class Layer {
  public:
-  Layer(Kind kind, const Kernels& kernels, const Sizes& sizes, const void* packed, const float* bias);
+  explicit Layer(const Kernels& kernels) : kernels_(kernels), bytes_(kernels.half ? 2 : 4) {}
   virtual ~Layer() = default;
   // Cuts the layer for so many threads and returns the number of items.
   virtual int64_t cut(int threads) = 0;
@@ -43,20 +43,26 @@ class Layer {
   const Kernels& kernels() const { return kernels_; }
 
  protected:
+  const Kernels& kernels_;
+  const int64_t bytes_;  // of one activation
+};
+
+// A layer that multiplies by packed weights.
+class Product : public Layer {
+ protected:
+  Product(Kind kind, const Kernels& kernels, const Sizes& sizes, const void* packed, const float* bias);
   const void* weights(const Group& group, int64_t position = 0) const;
 
   const Kind kind_;
-  const Kernels& kernels_;
   const Sizes sizes_;
   const Packing packing_;
   const void* const packed_;
   const float* const bias_;
-  const int64_t bytes_;  // of one activation
 };
 
 // 3x3 convolution, padding 1, by 2x2 windows of output pixels: winograd, window (images of 2x2), point (images of one
 // pixel, which meets the middle tap only), direct, or first (which reads run.x).
-class Convolution : public Layer {
+class Convolution : public Product {
  public:
   struct Ends {
     Place source, target, pooled;  // pooled.data null: no pooling
@@ -87,7 +93,7 @@ class Convolution : public Layer {
 };
 
 // Transposed 2x2 convolution with stride 2: one matrix product, each input pixel gives four output pixels.
-class Upsampling : public Layer {
+class Upsampling : public Product {
  public:
   Upsampling(
       const Kernels& kernels, const Sizes& sizes, Place source, Place target, const void* packed, const float* bias
@@ -103,7 +109,7 @@ class Upsampling : public Layer {
 };
 
 // 1x1 convolution to the image, float32 (n, out, h, w) at run.out.
-class Output : public Layer {
+class Output : public Product {
  public:
   Output(const Kernels& kernels, const Sizes& sizes, Place source, const void* packed, const float* bias);
   int64_t cut(int threads) override;
