@@ -8,14 +8,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..nn import UNet
+from ..nn import DDPMUNet, UNet
+from .ddpm_unet import check_ddpm_unet, ddpm_unet
 from .fold import UnreadableError
 from .network import Network
 from .unet import check_unet, unet
 
 Check = Callable[[Any], None]
 Reader = Callable[[Any], Network]
-KNOWN: dict[type, tuple[Check, Reader]] = {UNet: (check_unet, unet)}
+KNOWN: dict[type, tuple[Check, Reader]] = {UNet: (check_unet, unet), DDPMUNet: (check_ddpm_unet, ddpm_unet)}
 
 
 def reader_of(model: object) -> Reader:

@@ -32,6 +32,11 @@ class Slice:
     channels: int
 
 
+def whole(name: str, channels: int, level: int) -> Slice:
+    """All of a buffer."""
+    return Slice(Buffer(name, channels, level), 0, channels)
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Conv:
     """y = act(conv2d(x, weight, padding=1) + bias) + temb[n, c] + residual; 3x3; act: identity or SiLU.
