@@ -20,6 +20,8 @@
         finish<DirectOut>,                                                                                             \
         store_rows,                                                                                                    \
         to_float,                                                                                                      \
+        moments,                                                                                                       \
+        normalise,                                                                                                     \
     };                                                                                                                 \
     return &table;                                                                                                     \
   }                                                                                                                    \
