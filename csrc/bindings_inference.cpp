@@ -9,6 +9,7 @@
 
 #include "bindings.h"
 #include "cpu/inference/isa.h"
+#include "cpu/inference/norm.h"
 #include "cpu/inference/program.h"
 
 namespace py = pybind11;
@@ -90,6 +91,20 @@ void program_output(
   );
 }
 
+void program_norm(
+    Program& program, const std::string& isa, int64_t n, int64_t h, int64_t w, int64_t channels, int64_t groups,
+    double eps, Address source, int64_t source_stride, Address weight, Address beta, bool silu, int64_t scale_column,
+    int64_t shift_column, Address target, int64_t target_stride
+) {
+  const GroupNorm::Affine affine{pointer<float>(weight), pointer<float>(beta), silu, scale_column, shift_column};
+  program.add(
+      std::make_unique<GroupNorm>(
+          kernels_named(isa), Sizes{n, h, w, channels, channels}, groups, eps,
+          Place{pointer<void>(source), source_stride}, affine, Place{pointer<void>(target), target_stride}
+      )
+  );
+}
+
 Run run_of(
     Address x, Address out, Address time_table, Address time_rows, int64_t time_rows_stride, Address label_table,
     Address label_rows
@@ -153,6 +168,7 @@ void bind_inference(py::module_& m) {
       .def("conv", &program_conv)
       .def("pixelwise", &program_pixelwise)
       .def("output", &program_output)
+      .def("norm", &program_norm)
       .def("run", &program_run)
       .def("step", &program_step)
       .def("seconds", [](const Program& program) { return program.seconds(); });

@@ -4,6 +4,7 @@
 #include "vector.h"
 // vector.h first
 #include "gemm_f32.h"
+#include "normalise.h"
 #include "table.h"
 #include "transforms.h"
 

@@ -44,6 +44,28 @@ struct Finish {
   void* pooled = nullptr;  // where their maximum goes; optional
 };
 
+// Sums over pixels of x - shift and of its square, for every channel of `panels` panels.
+struct Moments {
+  const void* source = nullptr;
+  int64_t stride = 0;  // elements from pixel to pixel
+  int64_t pixels = 0, panels = 0;
+  const float* shift = nullptr;
+  float* sum = nullptr;
+  float* square = nullptr;
+};
+
+// y = act(scale (x - shift) + offset), channel by channel; y may be x.
+struct Normalise {
+  const void* source = nullptr;
+  void* target = nullptr;
+  int64_t source_stride = 0, target_stride = 0;
+  int64_t pixels = 0, panels = 0;
+  const float* shift = nullptr;
+  const float* scale = nullptr;
+  const float* offset = nullptr;
+  bool silu = false;
+};
+
 struct Kernels {
   const char* name;
   bool half;
@@ -71,6 +93,8 @@ struct Kernels {
       void* const* out
   );
   void (*to_float)(const void* source, int64_t count, float* target);
+  void (*moments)(const Moments&);
+  void (*normalise)(const Normalise&);
 };
 
 // Null where the compiler could not build it.

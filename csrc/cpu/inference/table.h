@@ -22,6 +22,8 @@
         finish<DirectOut>,                                                                                             \
         store_rows,                                                                                                    \
         to_float,                                                                                                      \
+        moments,                                                                                                       \
+        normalise,                                                                                                     \
     };                                                                                                                 \
     return &table;                                                                                                     \
   }                                                                                                                    \
