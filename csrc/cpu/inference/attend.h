@@ -110,27 +110,29 @@ void pack_rows(const Operand& o) {
     }
 }
 
+#if DDPM_FAST_VECTOR_BYTES == 64
+inline __attribute__((always_inline)) float largest(Vec v) { return _mm512_reduce_max_ps((__m512)v.r[0]); }
+inline __attribute__((always_inline)) float total(Vec v) { return _mm512_reduce_add_ps((__m512)v.r[0]); }
+#else
+// All sixteen by halves.
+template <typename Join>
+inline __attribute__((always_inline)) float joined(Vec v, const Join& join) {
+  float x[kPanel];
+  store(x, v);
+#pragma GCC unroll 4
+  for (int half = kPanel / 2; half > 0; half /= 2)
+#pragma GCC unroll 8
+    for (int i = 0; i < half; ++i)
+      x[i] = join(x[i], x[i + half]);
+  return x[0];
+}
 inline __attribute__((always_inline)) float largest(Vec v) {
-  float x[kPanel];
-  store(x, v);
-#pragma GCC unroll 4
-  for (int64_t half = kPanel / 2; half > 0; half /= 2)
-#pragma GCC unroll 8
-    for (int64_t i = 0; i < half; ++i)
-      x[i] = x[i] > x[i + half] ? x[i] : x[i + half];
-  return x[0];
+  return joined(v, [](float a, float b) { return a > b ? a : b; });
 }
-
 inline __attribute__((always_inline)) float total(Vec v) {
-  float x[kPanel];
-  store(x, v);
-#pragma GCC unroll 4
-  for (int64_t half = kPanel / 2; half > 0; half /= 2)
-#pragma GCC unroll 8
-    for (int64_t i = 0; i < half; ++i)
-      x[i] += x[i + half];
-  return x[0];
+  return joined(v, [](float a, float b) { return a + b; });
 }
+#endif
 
 // e^x for x <= 0 or NaN.
 DDPM_FAST_VEC weight(Vec x) { return power_of_e<1>(larger(splat(-87.0f), x)); }
@@ -148,13 +150,15 @@ inline __attribute__((always_inline)) void each_panel(const Softmax& s, int64_t 
 }
 
 void softmax(const Softmax& s) {
+  const int64_t padded = (s.columns + kPanel - 1) / kPanel * kPanel;
   for (int64_t i = 0; i < s.m; ++i) {
+    if (padded != s.columns)
+      each_panel(s, i, [&](float* scores, int64_t column) {
+        for (int64_t j = s.columns - column; j < kPanel; ++j)
+          scores[j] = kLowest;  // columns that do not exist
+      });
     Vec top = splat(s.most[i]);
-    each_panel(s, i, [&](float* scores, int64_t column) {
-      for (int64_t j = s.columns - column; j < kPanel; ++j)
-        scores[j] = -__builtin_inff();  // columns that do not exist
-      top = larger(top, load(scores));
-    });
+    each_panel(s, i, [&](const float* scores, int64_t) { top = larger(top, load(scores)); });
     const float most = largest(top);
     const Vec shift = splat(most), scale = splat(s.scale);
     Vec sum = splat(0.0f);
@@ -164,7 +168,7 @@ void softmax(const Softmax& s) {
       sum = sum + w;
       store(weights + column, w);
     });
-    for (int64_t j = (s.columns + kPanel - 1) / kPanel * kPanel; j < s.k; j += kPanel)
+    for (int64_t j = padded; j < s.k; j += kPanel)
       store(weights + j, splat(0.0f));
     float factor[kPanel];
     store(factor, weight((splat(s.most[i]) - shift) * scale));
