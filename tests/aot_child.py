@@ -59,7 +59,17 @@ def cases() -> Iterator[Case]:
         rows: int = 1000,
         **options: Tensor,
     ) -> None:
-        names = ("noise", "m_uncond", "guidance", "x0_prev", "logvar", "logvar_range", "threshold", "x0_out", "copy_out")
+        names = (
+            "noise",
+            "m_uncond",
+            "guidance",
+            "x0_prev",
+            "logvar",
+            "logvar_range",
+            "threshold",
+            "x0_out",
+            "copy_out",
+        )
         x, m = meta(*shape, channels_last=cl), meta(*shape, dtype=dtype, channels_last=cl)
         table = (meta(rows, 8), meta(rows, dtype=torch.int32), meta(1, dtype=torch.int64))
         rng = RNG if noise else None

@@ -40,6 +40,32 @@ def linspace(T: int, steps: int) -> Timesteps:
     return np.round(np.linspace(T - 1, 0, steps)).astype(np.int64)
 
 
+def linspace_open(T: int, steps: int) -> Timesteps:
+    """linspace of steps + 1 points without the last, 0: for T=1000, steps=50: 999, 979, ..., 40, 20.
+
+    The "linspace" of diffusers' DPM-Solver, whose steps are as even down to the data as they are before.
+    """
+    _room_for_one_more(T, steps, "linspace_open")
+    return linspace(T, steps + 1)[:-1]
+
+
+def leading_open(T: int, steps: int, offset: int = 0) -> Timesteps:
+    """Multiples of T // (steps + 1) from the first on, plus `offset`: for T=1000, steps=50: 950, 931, ..., 38, 19.
+
+    The "leading" of diffusers' DPM-Solver.
+    """
+    _room_for_one_more(T, steps, "leading_open")
+    return leading(T, steps + 1, offset)[:-1]
+
+
+def _room_for_one_more(T: int, steps: int, spacing: str) -> None:
+    if steps >= T:
+        raise ValueError(
+            f"steps must be in 1..{T - 1} for spacing={spacing!r}, which leaves timestep 0 out, got {steps}; "
+            'use spacing="trailing"'
+        )
+
+
 def sections(T: int, counts: Sequence[int]) -> Timesteps:
     """Cut 0..T-1 into len(counts) nearly equal parts and take counts[i] evenly spread timesteps of part i.
 
@@ -92,12 +118,13 @@ def explicit(T: int, timesteps: Sequence[int]) -> Timesteps:
 
 
 EVEN: dict[str, Callable[[int, int], Timesteps]] = {
-    "leading": leading,
     "trailing": trailing,
     "trailing_floor": trailing_floor,
     "linspace": linspace,
+    "linspace_open": linspace_open,
 }
-SPACINGS = (*EVEN, "sections", "explicit")
+OFFSET: dict[str, Callable[[int, int, int], Timesteps]] = {"leading": leading, "leading_open": leading_open}
+SPACINGS = (*OFFSET, *EVEN, "sections", "explicit")
 
 Steps = int | str | Sequence[int] | None
 
@@ -109,14 +136,14 @@ def timesteps_for(T: int, steps: Steps = None, spacing: str | None = None, steps
         themselves, or with spacing="sections" the count of each section); a string "10,10,20" (section counts) or
         "ddim50" (a whole stride).
     spacing: one of SPACINGS or None.
-    steps_offset: added to every timestep of spacing "leading".
+    steps_offset: added to every timestep of spacing "leading" or "leading_open".
     Raises ValueError or TypeError, naming `steps` or `spacing`, for what cannot be resolved.
     """
     if spacing is not None and spacing not in SPACINGS:
         raise ValueError(
             f"spacing must be one of {', '.join(SPACINGS)}, got {spacing!r}; pass a list of timesteps as steps="
         )
-    if steps_offset and spacing != "leading":
+    if steps_offset and spacing not in OFFSET:
         raise ValueError(f'steps_offset={steps_offset} belongs to spacing="leading", got spacing={spacing!r}')
     if isinstance(steps, str):
         return _from_text(T, steps, spacing)
@@ -136,17 +163,16 @@ def timesteps_for(T: int, steps: Steps = None, spacing: str | None = None, steps
         raise ValueError(f"steps must be in 1..{T} (the schedule's number of timesteps), got {count}")
     if spacing == "sections":
         return sections(T, [count])
-    if spacing == "leading":
-        return _leading_inside(T, count, _as_int("steps_offset", steps_offset))
+    if spacing in OFFSET:
+        return _inside(T, OFFSET[spacing](T, count, _as_int("steps_offset", steps_offset)), steps_offset)
     return EVEN[spacing or "trailing"](T, count)
 
 
-def _leading_inside(T: int, steps: int, offset: int) -> Timesteps:
-    result = leading(T, steps, offset)
+def _inside(T: int, result: Timesteps, offset: int) -> Timesteps:
     if result[0] >= T or result[-1] < 0:
         outside = result[0] if result[0] >= T else result[-1]
         raise ValueError(
-            f"steps_offset={offset} with {steps} leading steps reaches timestep {outside}, outside 0..{T - 1}; "
+            f"steps_offset={offset} with {len(result)} leading steps reaches timestep {outside}, outside 0..{T - 1}; "
             "lower steps_offset or steps"
         )
     return result
