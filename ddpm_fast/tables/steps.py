@@ -102,20 +102,19 @@ def build_step_table(
             'noise and eps says nothing about x0; use a model with prediction="v" or prediction="x0"'
         )
     bound = math.inf if thresholding else clip_range(clip)
-    clipped = thresholding or math.isfinite(bound)
-
-    level = _Levels(schedule, timesteps)
-    a, b = level.x0_from(prediction)
-    if method == "ddpm":
-        c1, c2, c3, s = level.ddpm(variance)
-    else:
-        c1, c2, c3, s = level.ddim(eta, prediction, rederive=clipped and rederive_eps)
-    if not clipped:
-        # x0 = a x - b m put into the update: one rounding of x0 fewer, and the kernel need not form it.
-        c1, c2, c3 = np.zeros_like(c1), c2 + c1 * a, c3 - c1 * b
-
-    rows = [a, b, c1, c2, c3, np.zeros_like(a), s, np.full_like(a, bound)]
-    coefficients = np.stack(rows, axis=1)
+    coefficients = step_rows(
+        schedule,
+        timesteps,
+        np.append(timesteps[1:], -1),
+        method=method,
+        prediction=prediction,
+        variance=variance,
+        eta=eta,
+        bound=bound,
+        clipped=thresholding or math.isfinite(bound),
+        rederive_eps=rederive_eps,
+    )
+    coefficients[-1, COLUMNS.index("s")] = 0.0  # no noise is added to the data
     coefficients.setflags(write=False)
     table = torch.tensor(coefficients, dtype=torch.float32, device="cpu")
     overflowing = ~torch.isfinite(table[:, :7]).all(dim=1)
@@ -133,13 +132,41 @@ def build_step_table(
     )
 
 
+def step_rows(
+    schedule: Schedule,
+    here: Timesteps,
+    there: Timesteps,
+    *,
+    method: str,
+    prediction: str,
+    variance: str,
+    eta: float,
+    bound: float,
+    clipped: bool,
+    rederive_eps: bool,
+) -> Float64:
+    """float64 [rows, 8], COLUMNS: row i leaves timestep here[i] and arrives at there[i], at the data where that is -1.
+
+    Its noise is the formula's, also at the data. clipped: x0 is bounded, by `bound` or by a threshold at run time.
+    """
+    level = _Levels(schedule, here, there)
+    a, b = level.x0_from(prediction)
+    if method == "ddpm":
+        c1, c2, c3, s = level.ddpm(variance)
+    else:
+        c1, c2, c3, s = level.ddim(eta, prediction, rederive=clipped and rederive_eps)
+    if not clipped:
+        # x0 = a x - b m put into the update: one rounding of x0 fewer, and the kernel need not form it.
+        c1, c2, c3 = np.zeros_like(c1), c2 + c1 * a, c3 - c1 * b
+    return np.stack([a, b, c1, c2, c3, np.zeros_like(a), s, np.full_like(a, bound)], axis=1)
+
+
 class _Levels:
     """Signal and noise of each row, before and after it: A, P, their roots, and those of 1 - A and 1 - P."""
 
-    def __init__(self, schedule: Schedule, timesteps: Timesteps) -> None:
+    def __init__(self, schedule: Schedule, here: Timesteps, there: Timesteps) -> None:
         def at_both_ends(values: Float64, at_data: float) -> tuple[Float64, Float64]:
-            here = values[timesteps]
-            return here, np.append(here[1:], at_data)
+            return values[here], np.where(there >= 0, values[there], at_data)
 
         self.A, self.P = at_both_ends(schedule.alphas_cumprod, 1.0)
         self.sqrt_A, self.sqrt_P = at_both_ends(schedule.sqrt_alphas_cumprod, 1.0)
@@ -170,7 +197,6 @@ class _Levels:
         c2 = self.sqrt_A / self.sqrt_P * self.noise_P / self.noise_A
         small = self.beta * self.noise_P / self.noise_A
         s = np.sqrt(small if variance == "fixed_small" else self.beta)
-        s[-1] = 0.0
         return c1, c2, np.zeros_like(c1), s
 
     def ddim(self, eta: float, prediction: str, rederive: bool) -> tuple[Float64, Float64, Float64, Float64]:
