@@ -23,7 +23,9 @@ def leading(T: int, steps: int, offset: int = 0) -> Timesteps:
 
 def trailing(T: int, steps: int) -> Timesteps:
     """Equal strides counted down from T, rounded: for T=1000, steps=50: 999, 979, ..., 39, 19."""
-    return np.round(T - np.arange(steps) * (T / steps)).astype(np.int64) - 1
+    # arange sums its stride up in float64, and ties near .5 then fall as in diffusers; it may go one stride too far.
+    counted: Timesteps = np.round(np.arange(T, 0, -T / steps)[:steps]).astype(np.int64)
+    return counted - 1
 
 
 def trailing_floor(T: int, steps: int) -> Timesteps:
@@ -37,7 +39,8 @@ def trailing_floor(T: int, steps: int) -> Timesteps:
 
 def linspace(T: int, steps: int) -> Timesteps:
     """Both ends included, rounded: for T=1000, steps=50: 999, 979, 958, ..., 20, 0. One step starts at T - 1."""
-    return np.round(np.linspace(T - 1, 0, steps)).astype(np.int64)
+    upwards = np.linspace(0, T - 1, steps) if steps > 1 else np.array([T - 1.0])
+    return np.round(upwards).astype(np.int64)[::-1].copy()
 
 
 def linspace_open(T: int, steps: int) -> Timesteps:
