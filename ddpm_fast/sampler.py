@@ -257,8 +257,8 @@ class Sampler:
         self._loops.check(device)
         state = start_state(x, start, n, sizes, device)
         source = given_noise(noise, start, len(self), n, sizes, device)
-        rows = labels_of(labels, n, device, attribute(self.model, "num_classes"))
         null_label = attribute(self.model, "null_label") if self.null_label is None else self.null_label
+        rows = labels_of(labels, n, device, attribute(self.model, "num_classes"), null_label is not None)
         null = guidance_of(guidance, rows, null_label)
         self.last_seed = seed_of(seed)
         chunk = max(n, 1) if self.chunk is None else self.chunk if self.deterministic else min(self.chunk, max(n, 1))
