@@ -48,10 +48,11 @@ def choices_of(config: Mapping[str, Any], source: object = "config", **overrides
     method = overrides.get("method") or METHODS[named]
     chosen: dict[str, Any] = {
         "method": method,
-        "prediction": _known(config, source, "prediction_type", "epsilon", PREDICTIONS),
-        **_bound(config, method),
+        **_bound(config, method, overrides),
         **_spacing(config, source, method),
     }
+    if "prediction" not in overrides:
+        chosen["prediction"] = _known(config, source, "prediction_type", "epsilon", PREDICTIONS)
     if method == "ddpm":
         if "variance" not in overrides:
             chosen["variance"] = _variance(config, source)
@@ -63,10 +64,6 @@ def choices_of(config: Mapping[str, Any], source: object = "config", **overrides
         _check_solver(config, source)
         if config.get("solver_order", 2) == 1:
             chosen["solver_order"] = 1
-    if overrides.get("thresholding"):
-        chosen.pop("clip", None)
-    if overrides.get("clip"):
-        chosen.pop("thresholding", None)
     steps = overrides.get("steps")
     if "spacing" in overrides or not (steps is None or isinstance(steps, numbers.Integral)):
         chosen.pop("spacing")
@@ -84,15 +81,17 @@ def _known(config: Mapping[str, Any], source: object, name: str, default: str, k
 def _variance(config: Mapping[str, Any], source: object) -> str:
     if config.get("variance_type") == "learned":
         raise ValueError(
-            f'{source}: variance_type "learned" means that the network gives the variance itself, which is not covered; '
-            'for a network that gives its logarithm pass variance="learned"'
+            f'{source}: variance_type "learned" means that the network gives the variance itself, which is not '
+            'covered; for a network that gives its logarithm pass variance="learned"'
         )
     return _known(config, source, "variance_type", "fixed_small", VARIANCES)
 
 
-def _bound(config: Mapping[str, Any], method: str) -> dict[str, Any]:
+def _bound(config: Mapping[str, Any], method: str, overrides: Mapping[str, Any]) -> dict[str, Any]:
     """How x0 is bounded. Thresholding wins over clipping; the multistep solver does not clip."""
-    if config.get("thresholding", False):
+    if overrides.get("thresholding") or overrides.get("clip"):
+        return {}
+    if config.get("thresholding", False) and "thresholding" not in overrides:
         pair = config.get("dynamic_thresholding_ratio", 0.995), config.get("sample_max_value", 1.0)
         return {"thresholding": pair}
     clip = config.get("clip_sample", True) and method != "dpmsolver++"

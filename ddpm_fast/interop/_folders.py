@@ -8,8 +8,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import torch
-
 from .. import inference
 from ..schedule import Schedule
 from ._choices import choices_of
@@ -32,6 +30,7 @@ def sampler_of(
     make: type[S], folder: str | os.PathLike[str], variant: str | None, fused: bool | None, overrides: dict[str, Any]
 ) -> S:
     """See `Sampler.from_pretrained`."""
+    overrides = {name: value for name, value in overrides.items() if value is not None}
     path = _existing(folder)
     index = read_json(path / "model_index.json") if (path / "model_index.json").is_file() else {}
     _check_class(index, path)

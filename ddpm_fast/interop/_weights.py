@@ -92,9 +92,9 @@ def check_state(state: object, expected: Mapping[str, Tensor], source: object) -
         if keys:
             wrong.append(f"{words}: {_some(keys)}")
     shapes = [
-        f"{key} has shape {tuple(value.shape)}, expected {tuple(expected[key].shape)}"
-        for key, value in state.items()
-        if key in expected and value.shape != expected[key].shape
+        f"{key} has shape {tuple(state[key].shape)}, expected {tuple(value.shape)}"
+        for key, value in expected.items()
+        if key in state and state[key].shape != value.shape
     ]
     if shapes:
         wrong.append(_some(shapes))
