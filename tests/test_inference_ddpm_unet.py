@@ -114,7 +114,8 @@ def test_the_time_table_is_every_block_s_own_projection(options) -> None:
         assert relative_error(again, out) < 1e-6
     else:
         assert relative_error(times.table(time, t), out) < 1e-6
-    blocks = [part for part in double.modules() if hasattr(part, "time_emb_proj")]
+    stages = [*double.down_blocks, double.mid_block, *double.up_blocks]
+    blocks = [block for stage in stages for block in stage.resnets]
     expected = torch.cat([block.time_emb_proj(nn.functional.silu(emb)) for block in blocks], dim=1)
     assert relative_error(out, expected) < 1e-6
 
