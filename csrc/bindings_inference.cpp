@@ -42,57 +42,51 @@ void pack_weights(
   pack(known, kernels, out_channels, in_channels, pointer<float>(weight), pointer<void>(packed), threads);
 }
 
-void add_convolution(
-    Program& program, Kind kind, const std::string& isa, const Sizes& sizes, Place source, Address packed, Address bias,
-    bool silu, int64_t temb_column, Place target, Place pooled
-) {
-  Convolution::Ends ends{source, target, pooled, silu, temb_column};
-  program.add(
-      std::make_unique<Convolution>(kind, kernels_named(isa), sizes, ends, pointer<void>(packed), pointer<float>(bias))
-  );
-}
+Place place(Address data, int64_t stride) { return {pointer<void>(data), stride}; }
 
 void program_conv(
     Program& program, const std::string& kind, const std::string& isa, int64_t n, int64_t h, int64_t w, int64_t in,
     int64_t out, Address source, int64_t source_stride, Address packed, Address bias, bool silu, int64_t temb_column,
-    Address target, int64_t target_stride, Address pooled, int64_t pooled_stride
+    int64_t padding, Address target, int64_t target_stride, Address pooled, int64_t pooled_stride, Address residual,
+    int64_t residual_stride
 ) {
-  add_convolution(
-      program, kind_named(kind), isa, {n, h, w, in, out}, {pointer<void>(source), source_stride}, packed, bias, silu,
-      temb_column, {pointer<void>(target), target_stride}, {pointer<void>(pooled), pooled_stride}
+  const Convolution::Ends ends{
+      place(source, source_stride),
+      place(target, target_stride),
+      place(pooled, pooled_stride),
+      place(residual, residual_stride),
+      silu,
+      temb_column,
+      padding,
+  };
+  program.add(
+      std::make_unique<Convolution>(
+          kind_named(kind), kernels_named(isa), Sizes{n, h, w, in, out}, ends, pointer<void>(packed),
+          pointer<float>(bias)
+      )
   );
 }
 
-void program_first(
-    Program& program, const std::string& isa, int64_t n, int64_t h, int64_t w, int64_t in, int64_t out, Address packed,
-    Address bias, bool silu, int64_t temb_column, Address target, int64_t target_stride, Address pooled,
-    int64_t pooled_stride
-) {
-  add_convolution(
-      program, Kind::first, isa, {n, h, w, in, out}, {}, packed, bias, silu, temb_column,
-      {pointer<void>(target), target_stride}, {pointer<void>(pooled), pooled_stride}
-  );
-}
-
-void program_up(
-    Program& program, const std::string& isa, int64_t n, int64_t h, int64_t w, int64_t in, int64_t out, Address source,
-    int64_t source_stride, Address packed, Address bias, Address target, int64_t target_stride
+void program_pixelwise(
+    Program& program, const std::string& kind, const std::string& isa, int64_t n, int64_t h, int64_t w, int64_t in,
+    int64_t out, Address source, int64_t source_stride, Address packed, Address bias, Address target,
+    int64_t target_stride, Address residual, int64_t residual_stride
 ) {
   program.add(
-      std::make_unique<Upsampling>(
-          kernels_named(isa), Sizes{n, h, w, in, out}, Place{pointer<void>(source), source_stride},
-          Place{pointer<void>(target), target_stride}, pointer<void>(packed), pointer<float>(bias)
+      std::make_unique<Pixelwise>(
+          kind_named(kind), kernels_named(isa), Sizes{n, h, w, in, out}, place(source, source_stride),
+          place(target, target_stride), place(residual, residual_stride), pointer<void>(packed), pointer<float>(bias)
       )
   );
 }
 
 void program_output(
-    Program& program, const std::string& isa, int64_t n, int64_t h, int64_t w, int64_t in, int64_t out, Address source,
-    int64_t source_stride, Address packed, Address bias
+    Program& program, const std::string& kind, const std::string& isa, int64_t n, int64_t h, int64_t w, int64_t in,
+    int64_t out, Address source, int64_t source_stride, Address packed, Address bias
 ) {
   program.add(
       std::make_unique<Output>(
-          kernels_named(isa), Sizes{n, h, w, in, out}, Place{pointer<void>(source), source_stride},
+          kind_named(kind), kernels_named(isa), Sizes{n, h, w, in, out}, place(source, source_stride),
           pointer<void>(packed), pointer<float>(bias)
       )
   );
@@ -185,8 +179,7 @@ void bind_inference(py::module_& m) {
   py::class_<Program>(m, "Program")
       .def(py::init<int64_t>())
       .def("conv", &program_conv)
-      .def("first", &program_first)
-      .def("up", &program_up)
+      .def("pixelwise", &program_pixelwise)
       .def("output", &program_output)
       .def("norm", &program_norm)
       .def("attention", &program_attention)

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from ddpm_fast import noise as spec
 from ddpm_fast.backends.layout import Layout, Staged
+from ddpm_fast.backends.native_norm import group_norm_silu as group_norm_silu
+from ddpm_fast.backends.native_norm import group_norm_silu_backward as group_norm_silu_backward
 
 _C: Any = None
 _import_error: str | None = None
@@ -234,6 +236,7 @@ def ddpm_step(
     guidance: Tensor | None,
     x0_prev: Tensor | None,
     logvar: Tensor | None,
+    logvar_range: Tensor | None,
     threshold: Tensor | None,
     x0_out: Tensor | None,
     copy_out: Tensor | None,
@@ -265,6 +268,7 @@ def ddpm_step(
         _address(x0_prev),
         _address(logvar),
         _dtype(logvar),
+        _address(logvar_range),
         _address(threshold),
         _address(x0.data) if x0 else 0,
         _address(copy.data) if copy else 0,

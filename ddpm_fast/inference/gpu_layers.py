@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import TypeGuard
 
 import torch
 
@@ -12,7 +13,7 @@ from ..backends.triton.conv_output import MAX_OUTPUTS
 from ..backends.triton.conv_output import Output as OutputLaunch
 from .candidate import Bound, Candidate, Frame, Place
 from .gpu_tiles import tiles
-from .network import Conv, Layer, Output
+from .network import Conv, Layer, Output, Up
 
 TILES = 4
 """Configurations listed per layer. The tutorial U-Net has about 60 different kernels then, half a second of compilation
@@ -29,6 +30,8 @@ def listed(
 ) -> list[Candidate]:
     """`gpu.candidates` for a GPU described by its numbers."""
     if dtype not in DTYPES or capability < 80:
+        return []
+    if not serves(layer):
         return []
     rows = n * h * w
     if isinstance(layer, Output):
@@ -57,6 +60,13 @@ def listed(
     return [*(of("window", n, 4, 4) if dense else []), *of("conv", rows, 9, 1)]
 
 
+def serves(layer: Layer) -> TypeGuard[Conv | Up | Output]:
+    """What these kernels compute: no resampling, no residual, no norm or attention, a 1x1 layer at the end."""
+    if isinstance(layer, Conv):
+        return layer.resample == "none" and layer.residual is None
+    return isinstance(layer, Up) or (isinstance(layer, Output) and layer.weight.shape[-1] == 1)
+
+
 @dataclasses.dataclass(frozen=True)
 class TritonConv:
     """A Conv or an Up by one configuration. kind: see backends/triton/conv.py."""
@@ -70,6 +80,7 @@ class TritonConv:
 
     def prepare(self, layer: Layer, place: Place) -> Bound:
         assert place.target is not None
+        assert isinstance(layer, (Conv, Up))
         convolution = layer if isinstance(layer, Conv) else None
         packed = place.packs.get(
             layer, ("triton", self.kind, place.dtype), lambda: pack(self.kind, layer.weight, place.dtype)
@@ -101,6 +112,7 @@ class TritonOutput:
 
     def prepare(self, layer: Layer, place: Place) -> Bound:
         assert place.source is not None
+        assert isinstance(layer, Output)
         launch = OutputLaunch(place.source, layer.weight, layer.bias)
 
         def run(frame: Frame) -> None:

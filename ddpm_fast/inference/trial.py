@@ -17,8 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .candidate import Bound, Candidate, Frame, Place
+from .library import resampled, stride_of
 from .native import NativeLayer
-from .network import Layer, Output, Up
+from .network import Attention, Layer, Linear, Norm, Output, Up
 
 ROUNDS = 5  # timings per candidate that is still in
 SECONDS, AT_LEAST = 1.2, 3  # for all rounds, but every candidate still in is timed so often whatever it takes
@@ -72,18 +73,36 @@ def exact(layer: Layer, place: Place, frame: Frame, images: Tensor) -> Tensor:
     In float32, on a GPU in float64, where float32 may mean TF32.
     """
     dtype = torch.float64 if place.device.type == "cuda" else torch.float32
-    x = (frame.x[images] if place.source is None else place.source[images].permute(0, 3, 1, 2)).to(dtype)
+
+    def nchw(view: Tensor) -> Tensor:
+        return view[images].permute(0, 3, 1, 2).to(dtype)
+
+    x = frame.x[images].to(dtype) if place.source is None else nchw(place.source)
+    if isinstance(layer, Attention):
+        n, c, h, w = x.shape
+        q, k, v = x.view(n, 3, layer.heads, c // 3 // layer.heads, h * w).transpose(3, 4).unbind(1)
+        y = torch.softmax(q @ k.transpose(2, 3) * layer.scale, dim=-1) @ v
+        return y.transpose(2, 3).reshape(n, c // 3, h, w)
     weight, bias = layer.weight.to(dtype), layer.bias.to(dtype)
+    if isinstance(layer, Norm):
+        y = F.group_norm(x, layer.groups, weight, bias, layer.eps)
+        if layer.modulation is not None:
+            scale, shift = frame.temb(layer.modulation, 2 * x.shape[1])[images][:, :, None, None].to(dtype).chunk(2, 1)
+            y = y * (1 + scale) + shift
+        return F.silu(y) if layer.silu else y
     if isinstance(layer, Up):
         return F.conv_transpose2d(x, weight, bias, stride=2)
     if isinstance(layer, Output):
-        return F.conv2d(x, weight, bias)
-    y = F.conv2d(x, weight, bias, padding=1)
-    if layer.silu:
-        y = F.silu(y)
-    if layer.temb is not None:
-        y = y + frame.temb(layer.temb, y.shape[1])[images][:, :, None, None]
-    return y
+        return F.conv2d(x, weight, bias, padding=weight.shape[-1] // 2)
+    if isinstance(layer, Linear):
+        y = F.conv2d(x, weight[:, :, None, None], bias)
+    else:
+        y = F.conv2d(resampled(x, layer), weight, bias, stride=stride_of(layer), padding=layer.padding)
+        if layer.silu:
+            y = F.silu(y)
+        if layer.temb is not None:
+            y = y + frame.temb(layer.temb, y.shape[1])[images][:, :, None, None]
+    return y if place.residual is None else y + nchw(place.residual)
 
 
 def error(layer: Layer, place: Place, frame: Frame, bound: Bound, expected: Tensor, images: Tensor) -> float:

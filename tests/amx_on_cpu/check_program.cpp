@@ -57,7 +57,10 @@ class Buffer {
 
 // What the layer makes of the numbers: its output and then the pooled output, if there is one.
 Floats result(const Kernels& kernels, Kind kind, const Sizes& s, bool pool, int threads) {
-  const int64_t pixels = s.n * s.h * s.w, columns = s.out, taps = kind == Kind::up ? 4 : kind == Kind::output ? 1 : 9;
+  const int64_t pixels = s.n * s.h * s.w, columns = s.out,
+                taps = kind == Kind::up                               ? 4
+                       : kind == Kind::output || kind == Kind::linear ? 1
+                                                                      : 9;
   const Floats weight = numbers(taps * s.in * s.out, 1), bias = numbers(s.out, 2), x = numbers(pixels * s.in, 3);
   const Floats times = numbers(3 * columns, 4), labels = numbers(2 * columns, 5);
   const std::vector<int64_t> rows(static_cast<size_t>(s.n), 2), label_rows(static_cast<size_t>(s.n), 1);
@@ -66,20 +69,22 @@ Floats result(const Kernels& kernels, Kind kind, const Sizes& s, bool pool, int 
   char* aligned = packed.data() + (64 - reinterpret_cast<uintptr_t>(packed.data()) % 64) % 64;
   pack(kind, kernels, s.out, s.in, weight.data(), aligned, threads);
 
-  Buffer source(kernels, x), target(kernels, pixels * (kind == Kind::up ? 4 : 1) * s.out);
+  const bool larger = kind == Kind::up || kind == Kind::doubled,
+             to_image = kind == Kind::output || kind == Kind::output3x3;
+  Buffer source(kernels, x), target(kernels, pixels * (larger ? 4 : 1) * s.out);
   Buffer pooled(kernels, pool ? pixels / 4 * s.out : 0);
   Floats image(static_cast<size_t>(pixels * s.out));
   const Place from = {source.data(), s.in}, to = {target.data(), s.out};
   const Place small = {pool ? pooled.data() : nullptr, s.out};
   Program program(columns);
-  if (kind == Kind::up)
-    program.add(std::make_unique<Upsampling>(kernels, s, from, to, aligned, bias.data()));
-  else if (kind == Kind::output)
-    program.add(std::make_unique<Output>(kernels, s, from, aligned, bias.data()));
+  if (kind == Kind::up || kind == Kind::linear)
+    program.add(std::make_unique<Pixelwise>(kind, kernels, s, from, to, Place{}, aligned, bias.data()));
+  else if (to_image)
+    program.add(std::make_unique<Output>(kind, kernels, s, from, aligned, bias.data()));
   else
     program.add(
         std::make_unique<Convolution>(
-            kind, kernels, s, Convolution::Ends{from, to, small, true, 0}, aligned, bias.data()
+            kind, kernels, s, Convolution::Ends{from, to, small, Place{}, true, 0}, aligned, bias.data()
         )
     );
   Run run;
@@ -90,7 +95,7 @@ Floats result(const Kernels& kernels, Kind kind, const Sizes& s, bool pool, int 
   run.label_table = labels.data();
   run.label_rows = label_rows.data();
   program.run(run, threads);
-  Floats values = kind == Kind::output ? image : target.floats();
+  Floats values = to_image ? image : target.floats();
   const Floats more = pooled.floats();
   values.insert(values.end(), more.begin(), more.end());
   return values;
@@ -182,5 +187,9 @@ int main() {
   wrong += check_attention("attention", {2, 70, 64, 2}, 4e-3);
   wrong += check_attention("attention, odd sizes, two blocks", {1, 261, 40, 1}, 4e-3);
   wrong += check_attention("attention, few tokens", {3, 3, 16, 2}, 4e-3);
+  wrong += check("output 3x3", Kind::output3x3, {2, 8, 6, 32, 3}, false, 1e-5);
+  wrong += check("doubled", Kind::doubled, {2, 5, 4, 48, 64}, false, 6e-3);
+  wrong += check("strided", Kind::strided, {2, 8, 6, 48, 32}, false, 4e-3);
+  wrong += check("linear", Kind::linear, {3, 4, 6, 48, 96}, false, 4e-3);
   return wrong;
 }

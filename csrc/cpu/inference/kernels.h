@@ -38,7 +38,9 @@ struct Finish {
   const float* temb = nullptr;   // added after the activation; optional
   const float* label = nullptr;  // added to temb; optional
   bool silu = false;
-  void* out[4] = {};       // pixels (0,0) (0,1) (1,0) (1,1) of the window; null: outside of the image
+  void* out[4] = {};  // pixels (0,0) (0,1) (1,0) (1,1) of the window; null: outside of the image
+  // Activations to be added at the very end, to those pixels; may be where they go. [0] null: none.
+  const void* residual[4] = {};
   void* pooled = nullptr;  // where their maximum goes; optional
 };
 
@@ -102,12 +104,19 @@ struct Kernels {
   // of 2x2. Pixels: 4 lines of 2 * count + 2, of which each window reads 4x4; or the image's four.
   void (*winograd_in)(const void* const* pixels, int64_t count, int64_t channels, void* v, int64_t stride);
   void (*window_in)(const void* const* pixels, int64_t channels, void* v, int64_t stride);
+  // The 9 positions of `count` pixels side by side that are to be doubled before a convolution; 3 lines of count + 2.
+  void (*doubled_in)(const void* const* pixels, int64_t count, int64_t channels, void* v, int64_t stride);
   // What undoes them, and for `direct` the four sums as they are; then bias, activation, time embedding, stores.
   void (*winograd_finish)(const Finish&);
   void (*window_finish)(const Finish&);
+  void (*doubled_finish)(const Finish&);
   void (*direct_finish)(const Finish&);
-  // out[i][j] = c[i, j] + bias[j] for m rows of c, `panels` panels of each, rows `c_stride` floats apart.
-  void (*store_rows)(const float* c, int64_t c_stride, int64_t m, int64_t panels, const float* bias, void* const* out);
+  // out[i][j] = c[i, j] + bias[j] + residual[i][j] for m rows of c, `panels` panels of each, rows `c_stride` floats
+  // apart. residual: null for none; it may be out.
+  void (*store_rows)(
+      const float* c, int64_t c_stride, int64_t m, int64_t panels, const float* bias, const void* const* residual,
+      void* const* out
+  );
   void (*to_float)(const void* source, int64_t count, float* target);
   void (*moments)(const Moments&);
   void (*normalise)(const Normalise&);

@@ -15,8 +15,10 @@
         gemm,                                                                                                          \
         winograd_in,                                                                                                   \
         window_in,                                                                                                     \
+        doubled_in,                                                                                                    \
         finish<WinogradOut>,                                                                                           \
         finish<WindowOut>,                                                                                             \
+        finish<DoubledOut>,                                                                                            \
         finish<DirectOut>,                                                                                             \
         store_rows,                                                                                                    \
         to_float,                                                                                                      \
