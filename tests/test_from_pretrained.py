@@ -12,8 +12,10 @@ from unet_configs import SMALL
 
 import ddpm_fast
 from ddpm_fast import inference
+from ddpm_fast.interop import from_diffusers
 from ddpm_fast.interop._choices import choices_of
-from ddpm_fast.interop._unets import from_diffusers
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 T = 100
 N = 3
