@@ -200,6 +200,7 @@ def test_choices():
     assert of(DPMSolverMultistepScheduler()) == solver
     assert of(DPMSolverMultistepScheduler(solver_order=1)) == {**solver, "solver_order": 1}
     assert of(DPMSolverMultistepScheduler(timestep_spacing="trailing"))["spacing"] == "trailing"
+    assert of(DPMSolverMultistepScheduler(variance_type="learned")) == {**solver, "variance": "learned"}
     assert of(DDPMScheduler(steps_offset=1), method="dpmsolver++") == {
         **solver,
         "spacing": "leading_open",
@@ -221,7 +222,6 @@ def test_choices():
         (DPMSolverMultistepScheduler(use_karras_sigmas=True), "use_karras_sigmas True is not covered"),
         (DPMSolverMultistepScheduler(lambda_min_clipped=-5.1), "lambda_min_clipped -5.1 is not covered"),
         (DPMSolverMultistepScheduler(final_sigmas_type="sigma_min"), "final_sigmas_type 'sigma_min' is not covered"),
-        (DPMSolverMultistepScheduler(variance_type="learned"), "variance_type 'learned' is not covered"),
         (DPMSolverMultistepScheduler(prediction_type="flow_prediction"), "prediction_type 'flow_prediction' is not"),
     ],
 )
