@@ -148,8 +148,8 @@ void add_bias_temb_backward(
 void ddpm_step(
     int device, Address stream, int64_t n, int64_t channels, int64_t inner, bool channels_last, Address x, Address m,
     int m_dtype, Address m_uncond, int m_uncond_dtype, Address guidance, Address table, Address t_of_row, int64_t steps,
-    Address row, Address noise, Address rng, Address x0_prev, Address logvar, int logvar_dtype, Address threshold,
-    Address x0_out, Address copy_out, int copy_dtype, bool copy_channels_last, Address bad_row
+    Address row, Address noise, Address rng, Address x0_prev, Address logvar, int logvar_dtype, Address logvar_range,
+    Address threshold, Address x0_out, Address copy_out, int copy_dtype, bool copy_channels_last, Address bad_row
 ) {
   DdpmStepArgs args;
   args.shape = shape_of(n, channels, inner, channels_last);
@@ -164,6 +164,7 @@ void ddpm_step(
   args.noise = noise_of(noise, rng, 0, 0.0f, 0);
   args.x0_prev = pointer<float>(x0_prev);
   args.logvar = array(logvar, logvar_dtype);
+  args.logvar_range = pointer<float>(logvar_range);
   args.threshold = pointer<float>(threshold);
   args.x0_out = pointer<float>(x0_out);
   args.copy_out = array(copy_out, copy_dtype);

@@ -93,11 +93,12 @@ struct DdpmStepArgs {
   const float* table = nullptr;       // [steps, 8]: StepRow
   const int32_t* t_of_row = nullptr;  // [steps]
   int64_t steps = 0;
-  const int64_t* row = nullptr;  // [1]
-  Noise noise;                   // stream is 1 + t_of_row[row]
-  const float* x0_prev = nullptr;
+  const int64_t* row = nullptr;      // [1]
+  Noise noise;                       // stream is 1 + t_of_row[row]
+  const float* x0_prev = nullptr;    // may be x0_out
   const float* threshold = nullptr;  // [n]
   Array logvar;
+  const float* logvar_range = nullptr;  // [steps, 2]: LogvarRange; with it, logvar is v in [-1, 1]
   float* x0_out = nullptr;
   Array copy_out;  // x_prev again, in copy_shape's memory format; u8 is rounded
   bool copy_channels_last = false;

@@ -234,6 +234,7 @@ def ddpm_step(
     guidance: Tensor | None,
     x0_prev: Tensor | None,
     logvar: Tensor | None,
+    logvar_range: Tensor | None,
     threshold: Tensor | None,
     x0_out: Tensor | None,
     copy_out: Tensor | None,
@@ -265,6 +266,7 @@ def ddpm_step(
         _address(x0_prev),
         _address(logvar),
         _dtype(logvar),
+        _address(logvar_range),
         _address(threshold),
         _address(x0.data) if x0 else 0,
         _address(copy.data) if copy else 0,
@@ -303,7 +305,7 @@ def ddpm_step_row(
     _C.ddpm_step(
         device, stream, n, 1, x.numel() // n, False, x.data_ptr(), m.data_ptr(), 0, 0, 0, 0, at.table, at.t_of_row,
         at.rows, at.row_numbers + 8 * row, 0 if noise is None else noise.data_ptr(), _address(rng), 0, 0, 0, 0,
-        x0_out.data_ptr(), 0, 0, False, 0,
+        0, x0_out.data_ptr(), 0, 0, False, 0,
     )  # fmt: skip
 
 

@@ -249,6 +249,7 @@ def ddpm_step(
     guidance: Tensor | None,
     x0_prev: Tensor | None,
     logvar: Tensor | None,
+    logvar_range: Tensor | None,
     threshold: Tensor | None,
     x0_out: Tensor | None,
     copy_out: Tensor | None,
@@ -275,7 +276,14 @@ def ddpm_step(
         y = y + c4 * x0_prev
     if inside and float(s) != 0.0 and (noise is not None or rng is not None):
         z = _noise(x, noise, rng, 1 + int(t_of_row[index]), 0.0)
-        sigma = s if logvar is None else exp(0.5 * logvar.to(dtype))
+        sigma = s
+        if logvar is not None:
+            log_variance = logvar.to(dtype)
+            if logvar_range is not None:  # Nichol & Dhariwal 2021, eq. 15
+                low, high = logvar_range[index].to(dtype).unbind()
+                f = 0.5 * (log_variance + 1.0)
+                log_variance = f * high + (1.0 - f) * low
+            sigma = exp(0.5 * log_variance)
         y = y + sigma * z
     x.copy_(y)
     if x0_out is not None:

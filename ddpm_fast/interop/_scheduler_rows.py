@@ -15,21 +15,14 @@ from torch import Tensor
 
 from ..backends import native
 from ..schedule import Schedule
-from ..tables.steps import COLUMNS, PREDICTIONS, check_choice, clip_range, step_rows
+from ..tables.levels import Levels
+from ..tables.steps import COLUMNS, check_choice, clip_range, step_rows
 from ..tables.timesteps import Timesteps
+from ._choices import PREDICTIONS, VARIANCES
 
-# diffusers' names and ours
-PREDICTION_OF = dict(zip(("epsilon", "sample", "v_prediction"), PREDICTIONS, strict=True))
-# The "log" variants are the same variances; the learned ones need a row that adds noise, whatever its scale.
-VARIANCE_OF = {
-    "fixed_small": "fixed_small",
-    "fixed_small_log": "fixed_small",
-    "fixed_large": "fixed_large",
-    "fixed_large_log": "fixed_large",
-    "learned": "fixed_large",
-    "learned_range": "fixed_large",
-}
 LEARNED = ("learned", "learned_range")
+# "learned" is the variance itself here, not its logarithm; its row only has to add noise, whatever its scale.
+VARIANCE_TYPES = {**VARIANCES, "learned": "learned"}
 SMALLEST_VARIANCE = 1e-20  # what learned_range interpolates from where the posterior variance is 0
 
 
@@ -75,33 +68,34 @@ class Rows:
         eta: float = 0.0,
         rederive_eps: bool = True,
     ) -> None:
-        check_choice("prediction_type", config["prediction_type"], tuple(PREDICTION_OF))
-        check_choice("variance_type", variance_type, tuple(VARIANCE_OF))
+        check_choice("prediction_type", config["prediction_type"], tuple(PREDICTIONS))
+        check_choice("variance_type", variance_type, tuple(VARIANCE_TYPES))
         T = len(schedule)
         inside = (here >= 0) & (here < T)
         ends = np.where(inside, here, 0), np.where(inside, there, -1)
         thresholding = bool(config["thresholding"])
         bound = clip_range(config["clip_sample_range"] if config["clip_sample"] and not thresholding else None)
-        choices: dict[str, Any] = {
-            "method": method,
-            "prediction": PREDICTION_OF[config["prediction_type"]],
-            "eta": eta,
-            "bound": bound,
-            "clipped": thresholding or bound < np.inf,
-            "rederive_eps": rederive_eps,
-        }
+        self.learned = variance_type if variance_type in LEARNED else ""
+        self.log_range = None
         # Zero signal (eps with zero terminal SNR) divides by it; such a row is refused when it is asked for.
         with np.errstate(divide="ignore", invalid="ignore"):
-            self.coefficients = step_rows(schedule, *ends, variance=VARIANCE_OF[variance_type], **choices)
-            self.learned = variance_type if variance_type in LEARNED else ""
-            self.log_range = None
+            self.coefficients = step_rows(
+                schedule,
+                *ends,
+                method=method,
+                prediction=PREDICTIONS[config["prediction_type"]],
+                variance=VARIANCE_TYPES[variance_type],
+                eta=eta,
+                bound=bound,
+                clipped=thresholding or bound < np.inf,
+                rederive_eps=rederive_eps,
+            )
             if self.learned == "learned_range":
-                small = step_rows(schedule, *ends, variance="fixed_small", **choices)[:, COLUMNS.index("s")]
-                scales = np.maximum(small**2, SMALLEST_VARIANCE), self.coefficients[:, COLUMNS.index("s")] ** 2
-                self.log_range = np.log(np.stack(scales, axis=1))
+                level = Levels(schedule, *ends)
+                self.log_range = np.log(np.stack([np.maximum(level.small, SMALLEST_VARIANCE), level.beta], axis=1))
         self.timesteps: list[int] = here.tolist()
         self.threshold = (config["dynamic_thresholding_ratio"], config["sample_max_value"]) if thresholding else None
-        self.x0_is_output = choices["prediction"] == "x0"
+        self.x0_is_output = config["prediction_type"] == "sample"
         self.special = bool(self.learned) or thresholding
         self.bad: dict[int, tuple[type[Exception], str]] = {}
         finite = np.isfinite(self.coefficients[:, : COLUMNS.index("clip")].astype(np.float32)).all(axis=1)

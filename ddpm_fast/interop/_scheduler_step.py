@@ -78,32 +78,20 @@ def any_step(rows: Rows, row: int, m: Tensor, x: Tensor, draw: Draw | None) -> t
     if rows.threshold is not None:
         a, b = placed.table[row, 0], placed.table[row, 1]
         threshold = dynamic_threshold(a * state - b * output, *rows.threshold)
-    logvar = None
+    logvar = log_range = None
     if learned is not None and draw is not None:
-        logvar = seen(log_variance(learned.to(state_dtype), placed, row))
+        # The variance itself, or where its logarithm lies in the row's range.
+        logvar, log_range = seen(learned.to(state_dtype).log() if rows.log_range is None else learned), placed.log_range
     noise = seen(noise) if noise is not None else None
     x0 = torch.empty_like(state)
     if torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in (output, state, noise, logvar)):
         reference.ddpm_step(
             state, output, placed.table, placed.t_of_row, placed.row(row), rng, noise, None, None, None, logvar,
-            threshold, x0, None, None,
+            log_range, threshold, x0, None, None,
         )  # fmt: skip
     else:
         ops.ddpm_step(
             state, output, placed.table, placed.t_of_row, placed.row(row), rng,
-            noise=noise, logvar=logvar, threshold=threshold, x0_out=x0,
+            noise=noise, logvar=logvar, logvar_range=log_range, threshold=threshold, x0_out=x0,
         )  # fmt: skip
     return state.reshape(shape).to(dtype), x0.reshape(shape).to(x0_dtype)
-
-
-def log_variance(v: Tensor, placed: Placed, row: int) -> Tensor:
-    """The log of the variance that the network gave.
-
-    learned: v is the variance. learned_range: f max + (1 - f) min, f = (v + 1) / 2, over the logarithms of the row's
-    largest and smallest (Nichol and Dhariwal 2021, eq. 15).
-    """
-    if placed.log_range is None:
-        return v.log()
-    smallest, largest = placed.log_range[row, 0], placed.log_range[row, 1]
-    f = (v + 1) / 2
-    return f * largest + (1 - f) * smallest

@@ -34,7 +34,7 @@ SCHEMAS = {
     ),
     "ddpm_step": (
         "(Tensor(a!) x, Tensor m, Tensor table, Tensor t_of_row, Tensor row, Tensor? rng, Tensor? noise, "
-        "Tensor? m_uncond, Tensor? guidance, Tensor? x0_prev, Tensor? logvar, Tensor? threshold, "
+        "Tensor? m_uncond, Tensor? guidance, Tensor? x0_prev, Tensor? logvar, Tensor? logvar_range, Tensor? threshold, "
         "Tensor(b!)? x0_out, Tensor(c!)? copy_out, Tensor(d!)? bad_row) -> ()"
     ),
     "noise_mse": (
