@@ -6,9 +6,7 @@ Configuration, timesteps, saving, loading and output classes are diffusers' own,
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,24 +23,12 @@ from ._scheduler_output import maker
 from ._scheduler_rows import Rows, Timeline, as_index
 from ._scheduler_step import any_step, is_plain, plain_step
 from ._schedules import schedule_of
+from ._signature import signature_of
 
 Generators = torch.Generator | list[torch.Generator] | None
 Pair = tuple[Tensor | None, Tensor | None]
 _ddpm_output = maker(ddpm.DDPMSchedulerOutput, "prev_sample", "pred_original_sample")
 _ddim_output = maker(ddim.DDIMSchedulerOutput, "prev_sample", "pred_original_sample")
-Init = TypeVar("Init", bound=Callable[..., None])
-
-
-def _signature_of(theirs: type, **ours: Any) -> Callable[[Init], Init]:
-    """Gives a constructor the signature of diffusers' (which `from_config` reads) and our keywords with defaults."""
-
-    def sign(init: Init) -> Init:
-        shown = inspect.signature(theirs.__init__)  # type: ignore[misc]
-        added = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=value) for name, value in ours.items()]
-        init.__signature__ = shown.replace(parameters=[*shown.parameters.values(), *added])  # type: ignore[attr-defined]
-        return init
-
-    return sign
 
 
 class _Fused:
@@ -190,7 +176,7 @@ class DDPMScheduler(_Fused, ddpm.DDPMScheduler):
     `compat=True` gives diffusers' numbers.
     """
 
-    @_signature_of(ddpm.DDPMScheduler, compat=False, seed=None)
+    @signature_of(ddpm.DDPMScheduler, compat=False, seed=None)
     def __init__(self, *args: Any, compat: bool = False, seed: int | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._choose(compat, seed)
@@ -254,7 +240,7 @@ class DDIMScheduler(_Fused, ddim.DDIMScheduler):
     the last one at the data; no timestep -1 in trailing lists. `compat=True` gives diffusers' numbers.
     """
 
-    @_signature_of(ddim.DDIMScheduler, compat=False, seed=None)
+    @signature_of(ddim.DDIMScheduler, compat=False, seed=None)
     def __init__(self, *args: Any, compat: bool = False, seed: int | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._choose(compat, seed)
