@@ -88,13 +88,14 @@ def launches(
     return candidate.name, found
 
 
-def output(step: bool) -> list[aot.Specialisation]:
-    """The last layer of the U-Net in bfloat16, alone or with the reverse step."""
+def output(step: bool, side: int = 1) -> list[aot.Specialisation]:
+    """The last layer of the U-Nets in bfloat16, side x side, alone or with the reverse step."""
 
     def integers(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
         return meta(*shape, dtype=dtype)
 
-    last = OutputLaunch(meta(64, 32, 32, 64, dtype=BF16), meta(3, 64, 1, 1), meta(3))
+    weight = meta(3, 64, side, side).to(memory_format=torch.channels_last)
+    last = OutputLaunch(meta(64, 32, 32, 64, dtype=BF16), weight, meta(3))
     x = meta(64, 3, 32, 32)
     with aot.recorded() as found:
         if step:
@@ -113,6 +114,7 @@ def cases() -> Iterator[tuple[str, str, int, aot.Specialisation]]:
             yield name + (", the parts added" if reduces else ""), chosen, layer[-1], launch
     for name, step in (("output", False), ("output with the step", True)):
         yield name, "triton", 90, output(step)[0]
+    yield "conv_out", "triton", 90, output(False, side=3)[0]
 
 
 WORDS = (r"\bfma\.", r"div\.full", r"\.approx", r"\.ftz", r"\.f64")

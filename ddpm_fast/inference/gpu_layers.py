@@ -65,10 +65,10 @@ def listed(
 
 
 def serves(layer: Layer) -> TypeGuard[Conv | Up | Linear | Output]:
-    """What these kernels compute: no stride of 2, no norm or attention, a 1x1 layer at the end."""
+    """What these kernels compute: no stride of 2, no norm or attention."""
     if isinstance(layer, Conv):
         return layer.resample == "none" or (layer.resample == "up" and layer.source is not None)
-    return isinstance(layer, (Up, Linear)) or (isinstance(layer, Output) and layer.weight.shape[-1] == 1)
+    return isinstance(layer, (Up, Linear, Output))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,7 +117,9 @@ class TritonOutput:
     def prepare(self, layer: Layer, place: Place) -> Bound:
         assert place.source is not None
         assert isinstance(layer, Output)
-        launch = OutputLaunch(place.source, layer.weight, layer.bias)
+        # channels_last; of a 1x1 layer that is the weight itself.
+        weight = place.packs.get(layer, "triton", lambda: layer.weight.contiguous(memory_format=torch.channels_last))
+        launch = OutputLaunch(place.source, weight, layer.bias)
 
         def run(frame: Frame) -> None:
             launch(frame.out)
