@@ -8,6 +8,7 @@
 #include <string>
 
 #include "bindings.h"
+#include "cpu/inference/attention.h"
 #include "cpu/inference/isa.h"
 #include "cpu/inference/norm.h"
 #include "cpu/inference/program.h"
@@ -105,6 +106,18 @@ void program_norm(
   );
 }
 
+void program_attention(
+    Program& program, const std::string& isa, int64_t n, int64_t tokens, int64_t channels, int64_t heads, double scale,
+    Address source, int64_t source_stride, Address target, int64_t target_stride
+) {
+  program.add(
+      std::make_unique<Attention>(
+          kernels_named(isa), Attention::Sizes{n, tokens, channels, heads}, scale,
+          Place{pointer<void>(source), source_stride}, Place{pointer<void>(target), target_stride}
+      )
+  );
+}
+
 Run run_of(
     Address x, Address out, Address time_table, Address time_rows, int64_t time_rows_stride, Address label_table,
     Address label_rows
@@ -169,6 +182,7 @@ void bind_inference(py::module_& m) {
       .def("pixelwise", &program_pixelwise)
       .def("output", &program_output)
       .def("norm", &program_norm)
+      .def("attention", &program_attention)
       .def("run", &program_run)
       .def("step", &program_step)
       .def("seconds", [](const Program& program) { return program.seconds(); });

@@ -183,6 +183,15 @@ DDPM_FAST_HD float step_mean(const StepRow& row, float x0, float x, float m) {
 // The standard deviation where the model predicts the variance; otherwise it is row.s.
 DDPM_FAST_HD float learned_sigma(float logvar) { return exp_f32(0.5f * logvar); }
 
+// The log variances between which a network chooses by v in [-1, 1] (Nichol & Dhariwal 2021, eq. 15).
+struct LogvarRange {
+  float min, max;
+};
+DDPM_FAST_HD float learned_sigma(const LogvarRange& range, float v) {
+  const float f = 0.5f * (v + 1.0f);
+  return learned_sigma(f * range.max + (1.0f - f) * range.min);
+}
+
 DDPM_FAST_HD bool is_finite(float x) { return fabsf(x) < bits_as<float>(0x7F800000u); }
 
 }  // namespace ddpm_fast

@@ -19,6 +19,7 @@ class Preset:
     method: for all T steps. respaced_method: for fewer.
     prediction: what its networks are trained to give by default.
     variance, clip, eta, rederive_eps, spacing: as in `Schedule.step_table`.
+    solver_clip, solver_spacing: clip (None: as clip) and spacing of a number of steps for method "dpmsolver++".
     time_scale: what the network is told as t: "index" (int64 t) or "rescaled" (float32 t * 1000 / T).
     output: the range its sampler returns, as in `Sampler.sample`.
     schedule, scale_betas: its default schedule, and whether its linear betas are multiplied by 1000 / T.
@@ -32,6 +33,8 @@ class Preset:
     eta: float = 0.0
     rederive_eps: bool = True
     spacing: str = "trailing"
+    solver_clip: float | bool | None = None
+    solver_spacing: str = "linspace_open"
     time_scale: str = "index"
     output: str = "model"
     schedule: str = "linear"
@@ -51,8 +54,11 @@ PRESETS = MappingProxyType(
     {
         # The textbook loop (Ho et al. 2020, Algorithm 2), shown as images in [0, 1].
         "tutorial": Preset(output="unit"),
-        # DDPMPipeline with DDPMScheduler() and, for method="ddim", DDIMScheduler() as they come.
-        "diffusers": Preset(variance="fixed_small", clip=1.0, spacing="leading", rederive_eps=False, output="unit"),
+        # DDPMPipeline with DDPMScheduler() as it comes; for method="ddim" DDIMScheduler(), for "dpmsolver++"
+        # DPMSolverMultistepScheduler(), which knows no clip.
+        "diffusers": Preset(
+            variance="fixed_small", clip=1.0, solver_clip=False, spacing="leading", rederive_eps=False, output="unit"
+        ),
         # GaussianDiffusion(); it turns to DDIM when asked for fewer steps, and does not clamp what it returns.
         "lucidrains": Preset(
             respaced_method="ddim",

@@ -5,20 +5,23 @@ x_T ~ N(0, I); for each row: m = model(x, t); x = ddpm_step(x, m, row).  (Ho et 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from . import inference
 from .sampling.choices import choose
+from .sampling.generator import Generators, drawing
 from .sampling.graphs import Loops
 from .sampling.inputs import (
     Labels,
     Noise,
     given_noise,
     guidance_of,
+    history_of,
     labels_of,
     seed_of,
     start_state,
@@ -34,6 +37,8 @@ from .tables.timesteps import Steps
 
 DEFAULT_CHUNK = 16
 
+S = TypeVar("S", bound="Sampler")
+
 
 class Sampler:
     """Draws samples from a diffusion model.
@@ -42,7 +47,10 @@ class Sampler:
         (n,). It returns a tensor like x, an object with `.sample` (diffusers), or a tuple that starts with the tensor.
         A Module runs in eval mode and is given back as it was. It must not write to x.
     schedule: a `Schedule`.
-    steps, spacing, steps_offset, method, eta, prediction, variance, clip, rederive_eps: as in `Schedule.step_table`.
+    steps, spacing, steps_offset, method, eta, prediction, variance, clip, rederive_eps, set_alpha_to_one, solver_order:
+        as in `Schedule.step_table`. variance "learned" or "learned_range" says that the model returns 2C channels, the
+        prediction and then the log variance or v; method "ddpm" uses these (under guidance the labelled half's),
+        "ddim" and "dpmsolver++" do not.
     thresholding: dynamic thresholding in place of clip: True, a ratio, or (ratio, max_value); per sample, x0 is clipped
         to the ratio-quantile of |x0| (within [1, max_value]) and divided by it.
     like: "tutorial", "diffusers", "lucidrains" or "openai": that peer's choices wherever an argument is None. Without
@@ -81,6 +89,8 @@ class Sampler:
         clip: float | bool | None = None,
         thresholding: bool | float | tuple[float, float] | None = None,
         rederive_eps: bool | None = None,
+        set_alpha_to_one: bool = True,
+        solver_order: int = 2,
         like: str | None = None,
         time_scale: str | None = None,
         null_label: int | Tensor | None = None,
@@ -113,6 +123,8 @@ class Sampler:
             clip=clip,
             thresholding=thresholding,
             rederive_eps=rederive_eps,
+            set_alpha_to_one=set_alpha_to_one,
+            solver_order=solver_order,
             time_scale=time_scale,
         )
         self.null_label, self.shape, self.dtype, self.deterministic = null_label, shape, dtype, deterministic
@@ -122,11 +134,38 @@ class Sampler:
         self.chunk = None if chunk is None else whole("chunk", chunk, 1)
         self.last_seed: int | None = None
         self._not_fused = inference.unknown_reason(model) if fused else "fused=True was not asked for"
+        if self.fused and self.choices.twice_the_channels:
+            self._not_fused = f"variance={self.choices.variance!r}: a fused plan predicts no variance"
         if self.fused and self._dtype() not in inference.DTYPES:
             known = ", ".join(str(known) for known in inference.DTYPES)
             raise ValueError(f"fused=True computes in {known}, got dtype {self._dtype()}")
         self._plans: dict[tuple[torch.device, torch.dtype], Plan] = {}
         self._loops = Loops(cuda_graph)
+
+    @classmethod
+    def from_pretrained(
+        cls: type[S],
+        folder: str | os.PathLike[str],
+        *,
+        variant: str | None = None,
+        fused: bool | None = None,
+        **overrides: Any,
+    ) -> S:
+        """A sampler of a `DDPMUNet` from the folder of a saved diffusers pipeline, with that pipeline's choices.
+
+        folder: what `DDPMPipeline.save_pretrained` writes, or config.json, weights and scheduler_config.json side by
+            side. A name on the Hub is to be downloaded first. variant: as "fp16" in diffusion_pytorch_model.fp16.*.
+        fused: None is True where `dtype` allows it; as in `Sampler`, a network without a fused plan runs as it is.
+        overrides: any argument of `Sampler`; they win over what the scheduler's config says. With another `method` the
+            config is read as the scheduler of that method would read it.
+        steps: default all T, 50 for a DDIMPipeline, 20 for DPM-Solver++. dtype: default float32, whatever the file has.
+            like: default "diffusers", so images come out in [0, 1] unless `sample(output=)` says otherwise.
+        Covered schedulers: DDPMScheduler, DDIMScheduler, DPMSolverMultistepScheduler (dpmsolver++, order 1 or 2,
+        midpoint). Raises FileNotFoundError or ValueError naming the file, and the key or block, that cannot be served.
+        """
+        from .interop._folders import sampler_of  # only those who load a folder need it
+
+        return sampler_of(cls, folder, variant, fused, overrides)
 
     # -- what is asked for ----------------------------------------------------------------------------------------
 
@@ -179,6 +218,8 @@ class Sampler:
         x: Tensor | None = None,
         start: int = 0,
         noise: Noise | None = None,
+        x0_prev: Tensor | None = None,
+        generator: Generators | None = None,
         output: str | None = None,
         progress: bool | None = None,
     ) -> Any:
@@ -187,18 +228,21 @@ class Sampler:
         n, shape: how many, and the shape of one: (C, H, W), (D,), ..., or an image side for a model with in_channels.
         seed, first_sample: the noise of sample i is a function of (seed, first_sample + i) and of nothing else, so rank
             r of R can draw its own share with first_sample. None draws a seed from torch's generator. The seed used is
-            in `last_seed`.
+            in `last_seed`, None with generator.
         labels: an int, n ints, or a tensor (n,); guidance w: m = m_none + w (m_labels - m_none), in one pass over 2n.
         x, start: the state to start from, and how many rows it has behind it: x alone is x_T; both resume a run.
+        x0_prev: the x0 of row start - 1, which method "dpmsolver++" needs too; see `Step.state`.
         noise: the steps' normals instead of the seed's: a tensor (len(sampler), n, *shape) or, from row `start` on,
             (len(sampler) - start, n, *shape); or a function (row, t) -> tensor (n, *shape). The last row uses none.
+        generator: a torch.Generator, or a list of n, instead of seed and noise: x_T and then the noise of each row that
+            adds any are torch.randn of it, in the dtype of the model, as diffusers' pipelines draw them.
         output: "model" (float32, unclamped; the default without `like`), "unit" ((x + 1)/2 in [0, 1]),
             "unit_unclamped", "uint8" (rounded half to even), "pil" (a list of Pillow images).
         progress: a tqdm bar; None shows one in a terminal.
         Raises ValueError or TypeError before anything runs for arguments that cannot be served, in the first step for a
         model that returns the wrong thing, and RuntimeError naming the row when a value stops being finite.
         """
-        run = self._prepare(n, shape, seed, first_sample, labels, guidance, x, start, noise)
+        run = self._prepare(n, shape, seed, first_sample, labels, guidance, x, start, noise, x0_prev, generator)
         output = self.choices.output if output is None else output
         check_output(output, run.layout.shape)
         if n:
@@ -225,10 +269,12 @@ class Sampler:
         x: Tensor | None = None,
         start: int = 0,
         noise: Noise | None = None,
+        x0_prev: Tensor | None = None,
+        generator: Generators | None = None,
     ) -> Iterator[Step]:
         """The same run, row by row: yields a `Step` after each. Arguments as in `sample`; bad ones raise at once."""
-        run = self._prepare(n, shape, seed, first_sample, labels, guidance, x, start, noise, x0=True)
-        return run.stream()
+        given = (labels, guidance, x, start, noise, x0_prev, generator)
+        return self._prepare(n, shape, seed, first_sample, *given, x0=True).stream()
 
     # -- how it is done -------------------------------------------------------------------------------------------
 
@@ -243,6 +289,8 @@ class Sampler:
         x: Tensor | None,
         start: int,
         noise: Noise | None,
+        x0_prev: Tensor | None = None,
+        generator: Generators | None = None,
         x0: bool = False,
     ) -> Run:
         """Every argument checked and put where it will be used; nothing has run yet."""
@@ -256,24 +304,29 @@ class Sampler:
         device = self._device(x)
         self._loops.check(device)
         state = start_state(x, start, n, sizes, device)
-        source = given_noise(noise, start, len(self), n, sizes, device)
-        rows = labels_of(labels, n, device, attribute(self.model, "num_classes"))
+        history = history_of(x0_prev, self.choices.steps, start, n, sizes, device)
+        source, draw = given_noise(noise, start, len(self), n, sizes, device), None
+        if generator is not None:
+            if seed is not None or noise is not None or first_sample:
+                raise ValueError("generator draws all noise: it excludes seed, first_sample and noise; pass it alone")
+            draw = drawing(generator, n, sizes, dtype_of(self.model) if self.fused else self._dtype(), device)
         null_label = attribute(self.model, "null_label") if self.null_label is None else self.null_label
+        rows = labels_of(labels, n, device, attribute(self.model, "num_classes"), null_label is not None)
         null = guidance_of(guidance, rows, null_label)
-        self.last_seed = seed_of(seed)
+        self.last_seed = None if draw is not None else seed_of(seed)
         chunk = max(n, 1) if self.chunk is None else self.chunk if self.deterministic else min(self.chunk, max(n, 1))
         layout = Layout(
             n=n,
             shape=sizes,
             label=None if rows is None else (tuple(rows.shape[1:]), rows.dtype),
             guided=null is not None,
-            noise=source is not None,
+            noise=source is not None or draw is not None,
             x0=x0,
             chunk=chunk,
             offset=first_sample % chunk if self.deterministic else 0,
         )
-        begin = Start(self.last_seed, first_sample, start, state, rows, null, float(guidance))
-        return Run(self._plan(device), layout, begin, source, self._loops, self.deterministic)
+        begin = Start(self.last_seed or 0, first_sample, start, state, history, rows, null, float(guidance))
+        return Run(self._plan(device), layout, begin, source, draw, self._loops, self.deterministic)
 
     def _device(self, x: Tensor | None) -> torch.device:
         of_model = device_of(self.model)
@@ -308,7 +361,9 @@ class Sampler:
                     self.model, dtype=dtype, timesteps=t_model, deterministic=self.deterministic
                 )
                 dtype = torch.float32
-            self._plans[key] = Plan(self.model, steps, t_model, dtype, self.choices.thresholding, compiled)
+            variance = self.choices.variance if self.choices.twice_the_channels else None
+            asked = (self.choices.thresholding, compiled, variance, self.choices.method)
+            self._plans[key] = Plan(self.model, steps, t_model, dtype, *asked)
         return self._plans[key]
 
 

@@ -6,6 +6,7 @@ Timesteps run t = 0..T-1; t = 0 is one noising step, and "before 0" is the data.
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Callable
 from typing import Any
 
@@ -218,20 +219,29 @@ class Schedule:
         clip: float | bool | None = None,
         thresholding: bool = False,
         rederive_eps: bool = True,
+        set_alpha_to_one: bool = True,
+        solver_order: int = 2,
     ) -> StepTable:
         """The float32 [steps, 8] table of coefficients that `ddpm_fast.ops.ddpm_step` reads, one row per reverse step.
 
         steps: None (all T), how many, a strictly descending list of timesteps, or section counts "10,10,20", "ddim50".
-        spacing: "trailing" (default), "leading", "linspace", "trailing_floor", "explicit", or "sections", which reads
-            an int or a list in `steps` as section counts.
-        steps_offset: added to the timesteps of spacing "leading".
-        method: "ddpm" or "ddim"; eta (ddim): 0 deterministic, 1 as noisy as ddpm with fixed_small.
+        spacing: "trailing" (default), "leading", "linspace", "trailing_floor", "linspace_open" (the default of method
+            "dpmsolver++" for a number of steps), "leading_open", "explicit", or "sections", which reads an int or a
+            list in `steps` as section counts.
+        steps_offset: added to the timesteps of spacing "leading" and "leading_open".
+        method: "ddpm"; "ddim"; or "dpmsolver++" (2M, midpoint), whose first and last row are of first order.
+        eta (ddim): 0 deterministic, 1 as noisy as ddpm with fixed_small.
+        set_alpha_to_one (ddim): the last row arrives at the data, or, if False, at alphas_cumprod[0].
+        solver_order (dpmsolver++): 2, or 1, which is ddim.
         prediction: what the network gives, "eps", "x0" or "v".
-        variance (ddpm): "fixed_small" beta (1-P)/(1-A) or "fixed_large" beta, where beta = 1 - A/P spans the stride.
+        variance (ddpm): "fixed_small" beta (1-P)/(1-A) or "fixed_large" beta, where beta = 1 - A/P spans the stride;
+            "learned" (the network gives the log variance) or "learned_range" (it gives v, see `logvar_range`).
         clip: bound on |x0|; True is 1, None or False is none. thresholding: x0 is bounded per sample at run time.
         rederive_eps (ddim with clip or thresholding): eps is derived anew from the bounded x0, or left as predicted.
-        No noise is added in the last row. Raises ValueError or TypeError naming the argument.
+        No noise is added in a row that arrives at the data. Raises ValueError or TypeError naming the argument.
         """
+        if spacing is None and method == "dpmsolver++" and isinstance(steps, numbers.Integral):
+            spacing = "linspace_open"
         return build_step_table(
             self,
             self.timesteps(steps, spacing, steps_offset=steps_offset),
@@ -242,6 +252,8 @@ class Schedule:
             clip=clip,
             thresholding=thresholding,
             rederive_eps=rederive_eps,
+            set_alpha_to_one=set_alpha_to_one,
+            solver_order=solver_order,
         )
 
     # -- value semantics ------------------------------------------------------------------------------------------

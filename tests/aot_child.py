@@ -59,7 +59,17 @@ def cases() -> Iterator[Case]:
         rows: int = 1000,
         **options: Tensor,
     ) -> None:
-        names = ("noise", "m_uncond", "guidance", "x0_prev", "logvar", "threshold", "x0_out", "copy_out")
+        names = (
+            "noise",
+            "m_uncond",
+            "guidance",
+            "x0_prev",
+            "logvar",
+            "logvar_range",
+            "threshold",
+            "x0_out",
+            "copy_out",
+        )
         x, m = meta(*shape, channels_last=cl), meta(*shape, dtype=dtype, channels_last=cl)
         table = (meta(rows, 8), meta(rows, dtype=torch.int32), meta(1, dtype=torch.int64))
         rng = RNG if noise else None
@@ -126,6 +136,7 @@ def cases() -> Iterator[Case]:
     # What comes once is compiled once: other formats and options.
     small = meta(*IMAGES, dtype=torch.bfloat16)
     byte = meta(*IMAGES, dtype=torch.uint8)
+    history = meta(*IMAGES)
     extra: list[tuple[str, Callable[[], object]]] = [
         ("random_bits", lambda: ops.random_bits(meta(*IMAGES, dtype=torch.int64), RNG, 0)),
         ("normal_channels_last", lambda: ops.normal(meta(*IMAGES, channels_last=True), RNG, 0)),
@@ -144,11 +155,14 @@ def cases() -> Iterator[Case]:
                 guidance=meta(1),
                 x0_prev=meta(*IMAGES),
                 logvar=small,
+                logvar_range=meta(1000, 2),
                 threshold=meta(IMAGES[0]),
                 x0_out=meta(*IMAGES),
                 copy_out=byte,
             ),
         ),
+        ("ddpm_step_learned_range", lambda: step(torch.bfloat16, logvar=small, logvar_range=meta(1000, 2))),
+        ("ddpm_step_history", lambda: step(torch.bfloat16, noise=False, x0_prev=history, x0_out=history)),
         # Integer arguments that are 1 become constants, another path through the compiler.
         ("ddpm_step_of_one_number", lambda: step(torch.float32, shape=(1, 1, 1, 1), rows=1, copy_out=meta(1, 1, 1, 1))),
         (

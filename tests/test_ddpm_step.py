@@ -24,6 +24,8 @@ TABLE = torch.tensor(
 )
 T_OF_ROW = torch.tensor([900, 600, 300, 0], dtype=torch.int32)
 RNG = spec.make_rng(31, 6)
+# log of the smallest and of the largest variance of each row
+LOGVAR_RANGE = torch.tensor([[-4.0, -2.5], [-6.0, -3.0], [-9.2, -4.1], [-9.2, -4.6]])
 
 
 def row(index: int) -> torch.Tensor:
@@ -65,6 +67,7 @@ OPTIONS = {
     "guidance": lambda: torch.tensor([2.5]),
     "x0_prev": lambda: rand(IMAGE, seed=4),
     "logvar": lambda: rand(IMAGE, seed=5) - 2,
+    "logvar_range": lambda: LOGVAR_RANGE,
     "threshold": lambda: torch.tensor([0.5, 1.5]),
     "x0_out": lambda: torch.zeros(IMAGE),
     "copy_out": lambda: torch.zeros(IMAGE, dtype=torch.bfloat16),
@@ -79,8 +82,49 @@ def test_every_option_alone_in_pairs_and_together(device, names):
     options = {name: OPTIONS[name]() for name in names}
     if "guidance" in options:
         options["m_uncond"] = rand(IMAGE, seed=6)
+    if "logvar_range" in options:
+        options["logvar"] = rand(IMAGE, seed=5).clamp(-1, 1)
     for kind in ("contiguous", "channels_last"):
         check(device, rand(IMAGE, kind=kind), rand(IMAGE, seed=1, kind=kind), 2, **options)
+
+
+@pytest.mark.parametrize("kind", MEMORY)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_learned_range_matches_reference(device, dtype, kind):
+    for index in range(4):
+        v = rand(IMAGE, dtype, seed=5, kind=kind).clamp(-1, 1)
+        options = {"logvar": v, "logvar_range": LOGVAR_RANGE, "noise": rand(IMAGE, seed=2, kind=kind)}
+        check(device, rand(IMAGE, kind=kind), rand(IMAGE, dtype, seed=1, kind=kind), index, **options)
+
+
+def test_learned_range_lies_between_its_ends(device):
+    """v = -1 is the smallest variance, 1 the largest, 0 the geometric mean: f max + (1 - f) min, f = (v + 1) / 2."""
+    x, m, z = torch.zeros(IMAGE), torch.zeros(IMAGE), rand(IMAGE, seed=2)
+    low, high = LOGVAR_RANGE[1].double()
+    for v, log_variance in ((-1.0, low), (1.0, high), (0.0, (low + high) / 2), (0.5, 0.75 * high + 0.25 * low)):
+        got = step(device, x, m, 1, noise=z, logvar=torch.full(IMAGE, v), logvar_range=LOGVAR_RANGE)["x"].cpu()
+        exact = torch.exp(log_variance / 2) * z.double()
+        torch.testing.assert_close(got.double(), exact, rtol=1e-6, atol=0)  # the polynomial's exp, and a few roundings
+
+
+@pytest.mark.parametrize("outside", [-1, 4, 2**40])
+def test_learned_range_outside_the_table_gives_nan(device, outside):
+    got = step(device, rand(IMAGE), rand(IMAGE, seed=1), outside, logvar=torch.zeros(IMAGE), logvar_range=LOGVAR_RANGE)
+    assert bool(got["x"].isnan().all())
+
+
+@pytest.mark.parametrize("kind", MEMORY)
+@pytest.mark.parametrize("x_kind", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("shape", [IMAGE, (2, 3, 5, 7), (1, 3, 33, 32)], ids=str)
+def test_history_may_be_kept_in_place(device, shape, x_kind, kind):
+    """One tensor as x0_prev and x0_out: each element is read before it is written."""
+    x, m, before = rand(shape, kind=x_kind), rand(shape, seed=1), rand(shape, seed=4)
+    expected = reference(step, torch.device("cpu"), x, m, 2, x0_prev=before, x0_out=torch.zeros(shape))
+    history = in_memory(to(device, before), kind)
+    got = step(device, x, m, 2, x0_prev=history, x0_out=history)
+    assert got["x0_out"] is history
+    assert_same(got["x"], expected["x"])
+    assert_same(history, expected["x0_out"])
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -202,11 +246,9 @@ def test_model_output_that_requires_grad_is_used_without_its_history(device):
 def test_opcheck(device, kind):
     x, m = to(device, rand(IMAGE, kind=kind)), to(device, rand(IMAGE, torch.bfloat16, seed=1, kind=kind))
     tail = (
-        None,
-        None,
-        None,
-        None,
-        None,
+        *(None, None, None, None),
+        torch.zeros_like(m),
+        to(device, LOGVAR_RANGE),
         None,
         torch.zeros_like(x),
         torch.zeros_like(m),
@@ -216,7 +258,7 @@ def test_opcheck(device, kind):
     torch.library.opcheck(torch.ops.ddpm_fast.ddpm_step.default, arguments)
 
 
-X, M = rand(IMAGE), rand(IMAGE, seed=1)
+X, M, STORE = rand(IMAGE), rand(IMAGE, seed=1), torch.zeros(220)
 GOOD = {"table": TABLE, "t_of_row": T_OF_ROW, "row": row(1), "rng": RNG}
 
 
@@ -248,6 +290,23 @@ GOOD = {"table": TABLE, "t_of_row": T_OF_ROW, "row": row(1), "rng": RNG}
         ({"guidance": torch.ones(1)}, ValueError, "m_uncond and guidance belong together"),
         ({"m_uncond": M}, ValueError, "m_uncond and guidance belong together"),
         ({"m_uncond": M, "guidance": torch.ones(2)}, ValueError, r"guidance must have shape \(1,\), got \(2,\)"),
+        ({"logvar_range": LOGVAR_RANGE}, ValueError, r"logvar_range needs logvar: the network's v in \[-1, 1\]"),
+        (
+            {"logvar": M, "logvar_range": LOGVAR_RANGE[:3]},
+            ValueError,
+            r"logvar_range must have shape \(4, 2\), got \(3, 2\)",
+        ),
+        ({"logvar": M, "logvar_range": LOGVAR_RANGE.double()}, TypeError, "logvar_range must be float32, got float64"),
+        (
+            {"x0_prev": X.view(-1).view(IMAGE)},
+            ValueError,
+            "x is written while x0_prev is read, so they must not share memory",
+        ),
+        (
+            {"x0_prev": STORE[:216].view(IMAGE), "x0_out": STORE[4:220].view(IMAGE)},
+            ValueError,
+            "x0_out is written while x0_prev is read",
+        ),
         ({"threshold": torch.ones(3)}, ValueError, r"threshold must have shape \(2,\), got \(3,\)"),
         ({"copy_out": M.long()}, TypeError, "copy_out must be float32, bfloat16, float16 or uint8, got int64"),
         ({"bad_row": torch.zeros(1)}, TypeError, "bad_row must be int32, got float32"),

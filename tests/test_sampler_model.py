@@ -272,7 +272,7 @@ class TestBadInput:
                 ValueError,
                 r"must return shape \(2, 3, 8, 8\), like its input, got \(2, 3, 7, 8\)",
             ),
-            (lambda x: torch.cat([x, x], 1), ValueError, "learned variance: give the Sampler .* first 3 channels"),
+            (lambda x: torch.cat([x, x], 1), ValueError, 'learned variance: pass the Sampler variance="learned'),
             (lambda x: x.to("meta"), ValueError, "must return a tensor on cpu, like its input, got one on meta"),
             (lambda x: x.long(), TypeError, "must return a floating tensor, got torch.int64"),
             (lambda x: None, TypeError, "must return a tensor, .*got NoneType"),

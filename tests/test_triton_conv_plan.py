@@ -16,7 +16,7 @@ from ddpm_fast.inference.gpu_tiles import tiles
 from ddpm_fast.inference.known import read
 from ddpm_fast.inference.network import Conv, Up
 from ddpm_fast.inference.plan import frame_for, places
-from ddpm_fast.inference.trial import BOUNDS, error, exact
+from ddpm_fast.inference.check import BOUNDS, error, exact
 from ddpm_fast.nn import UNet
 
 interpreted = pytest.mark.skipif(not launch.INTERPRETED, reason="kernels are compiled here: there is a GPU")

@@ -262,7 +262,7 @@ class TestManyPrograms:
                 module.ddpm_step(
                     *(x, draw(shape, channels_last, 1), table, t_of_row, torch.tensor([row]), RNG, None),
                     *(draw(shape, channels_last, 2), torch.tensor([1.5]), draw(shape, channels_last, 3)),
-                    *(draw(shape, channels_last, 4), torch.rand(shape[0]).fill_(0.7), x0_out, copy_out, bad_row),
+                    *(draw(shape, channels_last, 4), None, torch.rand(shape[0]).fill_(0.7), x0_out, copy_out, bad_row),
                 )
                 results.append((x, x0_out, copy_out, bad_row))
             for got, expected in zip(*results, strict=True):
@@ -286,7 +286,7 @@ def test_a_step_without_noise_keeps_the_sign_of_zeros(given):
         x, m = torch.full((1, 6), zero), torch.full((1, 6), -1.0 if str(zero) == "-0.0" else 1.0)
         noise = torch.full((1, 6), float("nan")) if given else None
         t_of_row, row = torch.tensor([0], dtype=torch.int32), torch.tensor([0])
-        backend.ddpm_step(x, m, table, t_of_row, row, RNG, noise, *[None] * 8)
+        backend.ddpm_step(x, m, table, t_of_row, row, RNG, noise, *[None] * 9)
         assert_same_bits(x, torch.full((1, 6), zero))
 
 

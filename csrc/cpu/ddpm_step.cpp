@@ -50,6 +50,13 @@ DDPM_FAST_CLONES void add_learned(const float* logvar, const float* z, float* y,
     y[i] = y[i] + learned_sigma(logvar[i]) * z[i];
 }
 
+DDPM_FAST_CLONES void
+add_learned_between(const LogvarRange& limits, const float* v, const float* z, float* y, int64_t count) {
+  const LogvarRange range = limits;
+  for (int64_t i = 0; i < count; ++i)
+    y[i] = y[i] + learned_sigma(range, v[i]) * z[i];
+}
+
 DDPM_FAST_CLONES bool all_finite(const float* y, int64_t count) {
   uint32_t bad = 0;
   for (int64_t i = 0; i < count; ++i)
@@ -65,6 +72,11 @@ Status ddpm_step_cpu(const DdpmStepArgs& args, int threads) {
   const bool noisy = row.s != 0.0f && (args.noise.values != nullptr || args.noise.rng != nullptr);
   Noise noise = args.noise;
   if (noisy) noise.stream = 1u + static_cast<uint32_t>(args.t_of_row[row_index]);
+  LogvarRange range{};
+  if (noisy && args.logvar_range != nullptr) {
+    range = {args.logvar_range[2 * row_index], args.logvar_range[2 * row_index + 1]};
+  }
+  const bool x0_is_stored_early = args.x0_out != nullptr && args.x0_out != args.x0_prev;
   const Array x_array{args.x, DType::f32};
   const Array x0_array{args.x0_out, DType::f32};
   Shape copy_shape = args.shape;
@@ -80,20 +92,22 @@ Status ddpm_step_cpu(const DdpmStepArgs& args, int threads) {
       guide(*args.guidance, m, m_uncond, b.v, run.count);
       m = b.v;
     }
-    float* x0 = args.x0_out != nullptr ? begin_store(x0_array, args.shape, run, d) : d.v;
+    float* x0 = x0_is_stored_early ? begin_store(x0_array, args.shape, run, d) : d.v;
     if (args.threshold != nullptr) {
       predict_thresholded(row, args.threshold[run.n], x, m, x0, run.count);
     } else {
       predict(row, x, m, x0, run.count);
     }
     mean(row, x0, x, m, e.v, run.count);
-    if (args.x0_out != nullptr) store(x0_array, args.shape, run, x0);
     if (args.x0_prev != nullptr) {
-      add_scaled(row.c4, load(args.x0_prev, args.shape, run, d), e.v, run.count);
+      add_scaled(row.c4, load(args.x0_prev, args.shape, run, a), e.v, run.count);
     }
+    if (args.x0_out != nullptr) store(x0_array, args.shape, run, x0);
     if (noisy) {
       const float* z = load_noise(noise, args.shape, run, c);
-      if (args.logvar) {
+      if (args.logvar && args.logvar_range != nullptr) {
+        add_learned_between(range, load(args.logvar, args.shape, run, d), z, e.v, run.count);
+      } else if (args.logvar) {
         add_learned(load(args.logvar, args.shape, run, d), z, e.v, run.count);
       } else {
         add_scaled(row.s, z, e.v, run.count);

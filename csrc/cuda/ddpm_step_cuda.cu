@@ -81,9 +81,17 @@ __device__ Step step(const DdpmStepArgs& args, const Place& at, int64_t row_inde
   const Quad z = kPlain ? drawn_quad(args.noise, stream, at) : noise_quad(args.noise, stream, at);
   if (!kPlain && args.logvar) {
     const Quad logvar = load_image<AnyFloat>(args.logvar, at);
+    if (args.logvar_range != nullptr) {
+      const float* limits = args.logvar_range + 2 * row_index;
+      const LogvarRange range{limits[0], limits[1]};
 #pragma unroll
-    for (int j = 0; j < 4; ++j)
-      y[j] = y[j] + learned_sigma(logvar[j]) * z[j];
+      for (int j = 0; j < 4; ++j)
+        y[j] = y[j] + learned_sigma(range, logvar[j]) * z[j];
+    } else {
+#pragma unroll
+      for (int j = 0; j < 4; ++j)
+        y[j] = y[j] + learned_sigma(logvar[j]) * z[j];
+    }
   } else {
 #pragma unroll
     for (int j = 0; j < 4; ++j)

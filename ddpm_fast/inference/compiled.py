@@ -234,7 +234,8 @@ class Compiled:
         with self._lock, torch.inference_mode(False), torch.no_grad():
             network = read(self.model)
             old, new = self._network.tensors(), network.tensors()
-            if [(a.shape, a.device) for a in old] != [(b.shape, b.device) for b in new]:
+            same = [(a.shape, a.device) for a in old] == [(b.shape, b.device) for b in new]
+            if not same or network.numbers() != self._network.numbers():
                 self._build()
                 return
             for kept, read_now in zip(old, new, strict=True):

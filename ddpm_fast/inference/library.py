@@ -15,6 +15,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -298,7 +299,8 @@ def _linear(layer: Layer, place: Place) -> Bound:
 def _norm(layer: Layer, place: Place) -> Bound:
     assert isinstance(layer, Norm)
     assert place.target is not None
-    norm, source, target, act = layer, _source(layer, place), _nchw(place.target), "silu" if layer.silu else None
+    norm, source, target = layer, _source(layer, place), _nchw(place.target)
+    act: Literal["silu"] | None = "silu" if layer.silu else None
 
     def run(frame: Frame) -> None:
         scale = shift = None

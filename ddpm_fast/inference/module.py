@@ -29,8 +29,9 @@ class Module:
                     self._copy = self._copy.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
             model = self._copy
         memory = torch.contiguous_format if self.dtype == torch.float32 else torch.channels_last
-        y: Tensor = model(x.to(self.dtype, memory_format=memory), t, labels)
-        return y
+        y = model(x.to(self.dtype, memory_format=memory), t, labels)
+        sample: Tensor = y if isinstance(y, Tensor) else y.sample  # what diffusers' models return has it there
+        return sample
 
     def refresh(self) -> None:
         """Brings the copy, where there is one, up to date, in place."""

@@ -188,3 +188,7 @@ class Network:
         result = [tensor for layer in self.layers for tensor in tensors_of(layer)]
         result += [self.time.weight, self.time.bias, *(self.time.mlp or ())]
         return result if self.time.labels is None else [*result, self.time.labels]
+
+    def numbers(self) -> list[float]:
+        """What a reading holds besides tensors that may change while the architecture stays: the norms' eps."""
+        return [layer.eps for layer in self.layers if isinstance(layer, Norm)]

@@ -15,20 +15,26 @@ FORM = (
 )
 
 
-def check_unaltered(model: nn.Module, fresh: nn.Module, parts: tuple[type, ...]) -> None:
-    """UnreadableError unless the model has the parts of `fresh`, built of the same arguments, and computes with them.
-
-    parts: all classes that may occur. Hooks, other parts or another forward would be passed over in silence.
-    """
-    kind = type(model).__name__
+def check_untouched(model: nn.Module) -> None:
+    """UnreadableError where hooks or another forward would be passed over in silence."""
     for name, part in model.named_modules():
         where = name or "the model"
-        if type(part) not in parts:
-            raise UnreadableError(f"{where} is a {type(part).__name__}, which is no part of a {kind}")
         if any(getattr(part, hooks) for hooks in HOOKS):
             raise UnreadableError(f"{where} has forward hooks, which a plan would not call")
         if "forward" in vars(part):
             raise UnreadableError(f"the forward of {where} was replaced")
+
+
+def check_unaltered(model: nn.Module, fresh: nn.Module, parts: tuple[type, ...]) -> None:
+    """UnreadableError unless the model has the parts of `fresh`, built of the same arguments, and computes with them.
+
+    parts: all classes that may occur.
+    """
+    kind = type(model).__name__
+    for name, part in model.named_modules():
+        if type(part) not in parts:
+            raise UnreadableError(f"{name or 'the model'} is a {type(part).__name__}, which is no part of a {kind}")
+    check_untouched(model)
     for name, expected in fresh.named_modules():
         try:
             own = model.get_submodule(name)

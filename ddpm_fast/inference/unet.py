@@ -78,7 +78,7 @@ def _time(model: UNet, linears: list[nn.Linear]) -> TimeTable:
 
 def check_unet(model: UNet) -> None:
     """UnreadableError where a UNet is no longer what its class made it, or normalises by the batch."""
-    check_unaltered(model, UNet(**model.config, device=torch.device("meta")), PARTS)  # type: ignore[arg-type]
     for name, part in model.named_modules():
         if isinstance(part, nn.BatchNorm2d) and (part.running_mean is None or part.running_var is None):
             raise UnreadableError(f"{name} has no running statistics: it normalises by the batch and cannot be folded")
+    check_unaltered(model, UNet(**model.config, device=torch.device("meta")), PARTS)  # type: ignore[arg-type]

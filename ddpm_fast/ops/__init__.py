@@ -17,8 +17,9 @@ from torch import Tensor
 from ddpm_fast.noise import STREAM_TRAIN_NOISE, make_rng
 from ddpm_fast.ops import _checks as check
 from ddpm_fast.ops import _schema as _schema  # declares the ops
+from ddpm_fast.ops._group_norm import group_norm_silu
 
-__all__ = ["add_bias_temb", "ddpm_step", "noise_mse", "normal", "q_sample", "random_bits"]
+__all__ = ["add_bias_temb", "ddpm_step", "group_norm_silu", "noise_mse", "normal", "q_sample", "random_bits"]
 
 # Bound once: looking an op up costs a tenth of a small call.
 _normal = torch.ops.ddpm_fast.normal.default
@@ -240,6 +241,7 @@ def ddpm_step(
     guidance: Tensor | None = None,
     x0_prev: Tensor | None = None,
     logvar: Tensor | None = None,
+    logvar_range: Tensor | None = None,
     threshold: Tensor | None = None,
     x0_out: Tensor | None = None,
     copy_out: Tensor | None = None,
@@ -261,8 +263,10 @@ def ddpm_step(
             A row outside the table gives NaN.
         rng: int64[2]; noise: float32 like x, instead of rng; neither: no noise. Where s = 0 noise is not read.
         m_uncond, guidance: the unconditional output and the float32 (1,) scale, together.
-        x0_prev: float32 like x, for multistep solvers.
+        x0_prev: float32 like x, for multistep solvers; may be x0_out itself, which then holds the history in place.
         logvar: like x; the noise is then scaled by exp(logvar / 2) instead of s.
+        logvar_range: ``StepTable.logvar_range``, float32 (steps, 2): the smallest and the largest log variance of each
+            row. logvar is then v in [-1, 1] and the log variance f max + (1 - f) min, f = (v + 1) / 2.
         threshold: float32 (N,) dynamic threshold, instead of the table's clip.
         x0_out: float32 like x, receives x0.
         copy_out: like x in any float dtype or uint8 ((x + 1) * 127.5, rounded half to even, saturated), any memory
@@ -290,14 +294,21 @@ def ddpm_step(
         raise ValueError("m_uncond and guidance belong together: pass both or neither")
     if guidance is not None:
         images.with_device("guidance", guidance, (1,), (torch.float32, x.dtype))
+    if logvar_range is not None:
+        if logvar is None:
+            raise ValueError("logvar_range needs logvar: the network's v in [-1, 1], which chooses between its columns")
+        shape = (table.shape[0], 2)
+        logvar_range = images.with_device("logvar_range", logvar_range, shape, (torch.float32,)).contiguous()
     if threshold is not None:
         images.with_device("threshold", threshold, images.shape[:1], (torch.float32, x.dtype))
     if bad_row is not None:
         images.with_device("bad_row", bad_row, (1,), (torch.int32,))
-    reads = {"m": m, "m_uncond": m_uncond, "logvar": logvar, "noise": noise, "x0_prev": x0_prev, "table": table}
-    check.no_overlap("x", x, {**reads, "x0_out": x0_out, "copy_out": copy_out})
-    check.no_overlap("x0_out", x0_out, {**reads, "copy_out": copy_out})
-    check.no_overlap("copy_out", copy_out, reads)
+    reads = {"m": m, "m_uncond": m_uncond, "logvar": logvar, "noise": noise, "table": table}
+    reads["logvar_range"] = logvar_range
+    history = None if x0_prev is None or check.same_place(x0_prev, x0_out) else x0_prev
+    check.no_overlap("x", x, {**reads, "x0_prev": x0_prev, "x0_out": x0_out, "copy_out": copy_out})
+    check.no_overlap("x0_out", x0_out, {**reads, "x0_prev": history, "copy_out": copy_out})
+    check.no_overlap("copy_out", copy_out, {**reads, "x0_prev": x0_prev})
     # Not differentiable: histories end here.
     m = m.detach() if m.requires_grad else m
     m_uncond = m_uncond.detach() if m_uncond is not None and m_uncond.requires_grad else m_uncond
@@ -314,6 +325,7 @@ def ddpm_step(
         guidance,
         x0_prev,
         logvar,
+        logvar_range,
         threshold,
         x0_out,
         copy_out,

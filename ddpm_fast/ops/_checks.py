@@ -115,6 +115,13 @@ def _span(x: Tensor) -> tuple[int, int]:
     return start, start + (last + 1) * x.element_size()
 
 
+def same_place(a: Tensor, b: Tensor | None) -> bool:
+    """Whether each element of ``a`` lies where that of ``b``, of the same shape and dtype, does."""
+    if b is None or b is a or torch.compiler.is_compiling():
+        return b is a
+    return a.data_ptr() == b.data_ptr() and a.stride() == b.stride()
+
+
 def no_overlap(name: str, output: Tensor | None, others: dict[str, Tensor | None]) -> None:
     """Raise when memory that will be written is also read, or written twice."""
     if output is None or torch.compiler.is_compiling() or output.numel() == 0:

@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..tables.steps import COLUMNS, StepTable
+
 Noise = Tensor | Callable[[int, int], Tensor]
 Labels = int | Sequence[int] | Tensor
 
@@ -37,16 +39,37 @@ def start_state(x: Tensor | None, start: int, n: int, shape: tuple[int, ...], de
         if start:
             raise ValueError(f"start={start} resumes a run and needs x, the state after {start} rows")
         return None
+    return _state("x", x, n, shape, device)
+
+
+def history_of(
+    x0_prev: Tensor | None, steps: StepTable, start: int, n: int, shape: tuple[int, ...], device: torch.device
+) -> Tensor | None:
+    """x0_prev, the x0 of row start - 1, as float32; None where no row to come reads it."""
+    if x0_prev is None:
+        if start < len(steps) and steps.coefficients[start, COLUMNS.index("c4")] != 0.0:
+            raise ValueError(
+                f"start={start} resumes a multistep run and needs x0_prev, the x0 of row {start - 1}; "
+                "step.state() of a stream holds it beside x"
+            )
+        return None
+    if not (steps.needs_history and start):
+        why = "start=0 has no row before it" if steps.needs_history else "no step of this sampler looks back"
+        raise ValueError(f'x0_prev is for resuming method="dpmsolver++" of order 2, and {why}; leave it out')
+    return _state("x0_prev", x0_prev, n, shape, device)
+
+
+def _state(name: str, x: Tensor, n: int, shape: tuple[int, ...], device: torch.device) -> Tensor:
     if not isinstance(x, Tensor):
-        raise TypeError(f"x must be a tensor, got {type(x).__name__}")
+        raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
     if x.shape != (n, *shape):
-        raise ValueError(f"x must have shape {(n, *shape)}, got {tuple(x.shape)}")
+        raise ValueError(f"{name} must have shape {(n, *shape)}, got {tuple(x.shape)}")
     if not x.is_floating_point():
-        raise TypeError(f"x must be a floating tensor, got {x.dtype}")
+        raise TypeError(f"{name} must be a floating tensor, got {x.dtype}")
     if x.device != device:
-        raise ValueError(f"x must be on {device}, where the sampler runs, got {x.device}")
+        raise ValueError(f"{name} must be on {device}, where the sampler runs, got {x.device}")
     if not bool(torch.isfinite(x).all()):
-        raise ValueError("x must be finite, got NaN or infinity in it")
+        raise ValueError(f"{name} must be finite, got NaN or infinity in it")
     return x.detach().float()
 
 
@@ -82,8 +105,11 @@ def check_noise(z: Any, n: int, shape: tuple[int, ...], device: torch.device) ->
     return z
 
 
-def labels_of(labels: Labels | None, n: int, device: torch.device, classes: int | None) -> Tensor | None:
-    """labels as a tensor with n rows on `device`: int64 [n] of classes, or a floating condition [n, ...]."""
+def labels_of(labels: Labels | None, n: int, device: torch.device, classes: int | None, null: bool) -> Tensor | None:
+    """labels as a tensor with n rows on `device`: int64 [n] of classes, or a floating condition [n, ...].
+
+    null: whether there is a label that means "none"; then `classes` itself, one past the last class, is allowed.
+    """
     if labels is None:
         return None
     if isinstance(labels, (int, np.integer)) and not isinstance(labels, bool):
@@ -104,8 +130,10 @@ def labels_of(labels: Labels | None, n: int, device: torch.device, classes: int 
         raise ValueError(f"labels must have shape ({n},), got {tuple(result.shape)}")
     if n and isinstance(classes, int):
         low, high = int(result.min()), int(result.max())
-        if low < 0 or high > classes:
-            raise ValueError(f"labels must lie in 0..{classes} ({classes} = no label), got {low}..{high}")
+        last = classes if null else classes - 1
+        if low < 0 or high > last:
+            meaning = f" ({classes} = no label)" if null else ""
+            raise ValueError(f"labels must lie in 0..{last}{meaning}, got {low}..{high}")
     return result.to(device=device, dtype=torch.int64)
 
 

@@ -8,7 +8,6 @@ replayed. Between replays the host may write to these static buffers: x, row, rn
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable
 
 import torch
@@ -19,6 +18,7 @@ from ..inference import Compiled
 from ..noise import STREAM_X_T, make_rng
 from ..tables.steps import StepTable
 from .model import Model, prediction
+from .thresholding import dynamic_threshold
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +27,8 @@ class Plan:
 
     steps: the step table, on the device. t_model: [steps], what the network is told as t, int64, or float32 if
     rescaled. dtype: what the network is fed. thresholding: (ratio, max_value) of dynamic thresholding, or None.
+    variance: "learned" or "learned_range" where the network returns as many channels again that say it, else None;
+    method "ddpm" uses them, other methods do not.
     fused: the plan of the network that runs in its place, made for the timesteps t_model; it is fed float32.
     """
 
@@ -36,6 +38,8 @@ class Plan:
     dtype: torch.dtype
     thresholding: tuple[float, float] | None
     fused: Compiled | None = None
+    variance: str | None = None
+    method: str = "ddpm"
 
     @property
     def device(self) -> torch.device:
@@ -74,13 +78,15 @@ class Layout:
 class Start:
     """What differs from run to run under one Layout, written into the static buffers by `Loop.load`.
 
-    x: the state before row `start`, None to draw x_T. null: one label meaning "none", when guided.
+    x: the state before row `start`, None to draw x_T. x0_prev: the x0 of the row before `start`, for multistep methods.
+    null: one label meaning "none", when guided.
     """
 
     seed: int
     first_sample: int = 0
     start: int = 0
     x: Tensor | None = None
+    x0_prev: Tensor | None = None
     labels: Tensor | None = None
     null: Tensor | None = None
     guidance: float = 1.0
@@ -100,12 +106,16 @@ class Loop:
         self.rng = torch.zeros(2, dtype=torch.int64, device=device)
         self.bad_row = torch.full((1,), -1, dtype=torch.int32, device=device)
         self.noise = torch.zeros_like(self.x) if layout.noise else None
-        self.x0 = torch.zeros_like(self.x) if layout.x0 else None
+        # What the next row reads as x0_prev is what this one writes as x0: one buffer, in place.
+        self.history = plan.steps.needs_history
+        self.x0 = torch.zeros_like(self.x) if layout.x0 or self.history else None
         self.guidance = torch.ones(1, dtype=torch.float32, device=device) if layout.guided else None
         self.t = torch.zeros(halves * chunk, dtype=plan.t_model.dtype, device=device)
 
         several = len(self.chunks) > 1
-        self.m = torch.zeros(halves, n, *shape, dtype=torch.float32, device=device) if several else None
+        self.parts = 1 if plan.variance is None else 2
+        wide = (self.parts * shape[0], *shape[1:])
+        self.m = torch.zeros(halves, n, *wide, dtype=torch.float32, device=device) if several else None
 
         whole = not layout.guided and self.chunks == [(0, n, 0)] and chunk == n
         self.feeds_x = whole and plan.dtype == torch.float32
@@ -118,7 +128,7 @@ class Loop:
             None if plan.fused is None else torch.zeros(halves * chunk, *shape, dtype=torch.float32, device=device)
         )
         # Whether the plan's last layer and ddpm_step are one pass, which draws its own noise and knows one m only.
-        plain_step = whole and not layout.noise and plan.thresholding is None
+        plain_step = whole and not layout.noise and plan.thresholding is None and not self.history
         self.one_pass = plain_step and self.held is not None and self.held.step is not None
         self.labels: list[Tensor] = []
         if layout.label is not None:
@@ -142,6 +152,11 @@ class Loop:
         self.rng.copy_(make_rng(run.seed, run.first_sample))
         if self.guidance is not None:
             self.guidance.fill_(run.guidance)
+        if self.history and self.x0 is not None:
+            if run.x0_prev is None:
+                self.x0.zero_()  # row 0 multiplies it by 0, which a NaN of an earlier run would survive
+            else:
+                self.x0.copy_(run.x0_prev)
         if run.x is None:
             ops.normal(self.layout.n, self.layout.shape, rng=self.rng, stream=STREAM_X_T, out=self.x)
         else:
@@ -170,6 +185,11 @@ class Loop:
         if plan.fused is None:
             self.t.copy_(plan.t_model.index_select(0, self.row))  # one number for all samples
         m, uncond = self._predict(0) if self.m is None else self._predict_in_chunks(self.m)
+        logvar = None
+        if plan.variance is not None:
+            m, v = m.chunk(2, dim=1)
+            logvar = v if plan.method == "ddpm" else None
+            uncond = None if uncond is None else uncond.chunk(2, dim=1)[0]
         ops.ddpm_step(
             self.x,
             m,
@@ -180,6 +200,9 @@ class Loop:
             noise=self.noise,
             m_uncond=uncond,
             guidance=self.guidance,
+            x0_prev=self.x0 if self.history else None,
+            logvar=logvar,
+            logvar_range=None if logvar is None else plan.steps.logvar_range,
             threshold=self._threshold(m, uncond),
             x0_out=self.x0,
             copy_out=self.fed[0] if self.step_feeds and self.fed is not None else None,
@@ -203,7 +226,7 @@ class Loop:
         if self.plan.fused is not None:
             m = self.plan.fused.at_rows(fed, self.row, labels[0] if labels else None, self.fused_m)
         else:
-            m = prediction(self.plan.model(fed, self.t, *labels), fed)
+            m = prediction(self.plan.model(fed, self.t, *labels), fed, self.parts)
         if m.untyped_storage().data_ptr() == fed.untyped_storage().data_ptr():
             m = m.clone()  # the network gave its input back, which ddpm_step is about to write to
         if self.layout.guided:
@@ -219,7 +242,7 @@ class Loop:
         return m[0], m[1] if self.layout.guided else None
 
     def _threshold(self, m: Tensor, uncond: Tensor | None) -> Tensor | None:
-        """Dynamic thresholding (Saharia et al. 2022): per sample the given quantile of |x0|, within [1, max_value]."""
+        """The bound of each sample, where the sampler was asked for dynamic thresholding."""
         if self.plan.thresholding is None:
             return None
         ratio, max_value = self.plan.thresholding
@@ -227,9 +250,4 @@ class Loop:
         m = m.float()
         if uncond is not None and self.guidance is not None:
             m = uncond.float() + self.guidance * (m - uncond.float())
-        size = (a * self.x - b * m).abs().flatten(1).sort(dim=1).values
-        # Between the two order statistics around it, as torch.quantile, which refuses large batches.
-        position = ratio * (size.shape[1] - 1)
-        low, high = math.floor(position), math.ceil(position)
-        quantile: Tensor = size[:, low] + (position - low) * (size[:, high] - size[:, low])
-        return quantile.clamp(1.0, max_value)
+        return dynamic_threshold(a * self.x - b * m, ratio, max_value)

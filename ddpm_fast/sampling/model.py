@@ -100,8 +100,8 @@ def sample_shape(model: Model, shape: int | Sequence[int] | None) -> tuple[int, 
     return result
 
 
-def prediction(output: Any, fed: Tensor) -> Tensor:
-    """The tensor in what a network returned for input `fed`, checked to be like it.
+def prediction(output: Any, fed: Tensor, parts: int = 1) -> Tensor:
+    """The tensor in what a network returned for input `fed`, checked to be like it, with `parts` times the channels.
 
     Understood: a tensor, an object with `.sample` (diffusers), a mapping with "sample", a tuple that starts with it.
     """
@@ -115,14 +115,20 @@ def prediction(output: Any, fed: Tensor) -> Tensor:
             "the model must return a tensor, an object with .sample or a tuple that starts with a tensor, "
             f"got {type(output).__name__}"
         )
-    if m.shape != fed.shape:
+    expected = (fed.shape[0], parts * fed.shape[1], *fed.shape[2:])
+    if m.shape != expected:
+        like = ", like its input"
         hint = ""
-        if m.dim() > 1 and m.shape == (fed.shape[0], 2 * fed.shape[1], *fed.shape[2:]):
+        if parts == 2:
+            like = ", a prediction like its input and a variance"
+            if m.shape == fed.shape:
+                hint = '; this one predicts no variance: use variance="fixed_large" or "fixed_small"'
+        elif m.dim() > 1 and m.shape == (fed.shape[0], 2 * fed.shape[1], *fed.shape[2:]):
             hint = (
-                "; twice the channels usually means a learned variance: give the Sampler a function that returns the "
-                f"first {fed.shape[1]} channels"
+                '; twice the channels usually means a learned variance: pass the Sampler variance="learned_range" or '
+                '"learned"'
             )
-        raise ValueError(f"the model must return shape {tuple(fed.shape)}, like its input, got {tuple(m.shape)}{hint}")
+        raise ValueError(f"the model must return shape {expected}{like}, got {tuple(m.shape)}{hint}")
     if m.device != fed.device:
         raise ValueError(f"the model must return a tensor on {fed.device}, like its input, got one on {m.device}")
     if not m.is_floating_point():

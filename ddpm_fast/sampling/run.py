@@ -24,32 +24,49 @@ class Step:
 
     row, t: the row of the step table and the timestep that it left.
     x: float32 (n, *shape), the state that it arrived at. x0: float32 (n, *shape), the estimate of the data that it used
-    on the way, after clipping. Both are copies, the caller's own.
+    on the way, after clipping. Both are copies, the caller's own. seed: None where a generator draws.
     """
 
     row: int
     t: int
     x: Tensor
     x0: Tensor
-    seed: int
+    seed: int | None
     first_sample: int
+    multistep: bool = False
 
     def state(self) -> dict[str, Any]:
         """What `sample` and `stream` need to go on from here, bit for bit: `sampler.sample(n, **step.state())`.
 
-        Labels, guidance and given noise are the caller's and are passed again.
+        Labels, guidance, given noise and generators (as they are now) are the caller's and are passed again.
         """
-        return {"x": self.x.clone(), "start": self.row + 1, "seed": self.seed, "first_sample": self.first_sample}
+        state: dict[str, Any] = {"x": self.x.clone(), "start": self.row + 1}
+        if self.seed is not None:
+            state |= {"seed": self.seed, "first_sample": self.first_sample}
+        if self.multistep:
+            state["x0_prev"] = self.x0.clone()
+        return state
 
 
 class Run:
-    """The rows from `begin.start` on, under one layout. Everything but `stream` works inside `open()` only."""
+    """The rows from `begin.start` on, under one layout. Everything but `stream` works inside `open()` only.
+
+    noise: what gives the normals of a row; draw: what draws the next ones from a generator, for x_T and every row.
+    """
 
     def __init__(
-        self, plan: Plan, layout: Layout, begin: Start, noise: RowNoise | None, loops: Loops, deterministic: bool
+        self,
+        plan: Plan,
+        layout: Layout,
+        begin: Start,
+        noise: RowNoise | None,
+        draw: Callable[[], Tensor] | None,
+        loops: Loops,
+        deterministic: bool,
     ) -> None:
         self.plan, self.layout, self.begin = plan, layout, begin
-        self._noise, self._loops, self._deterministic = noise, loops, deterministic
+        self._noise = noise if draw is None else lambda row, t: draw()
+        self._draw, self._loops, self._deterministic = draw, loops, deterministic
         self._loop: Loop
         self._advance: Advance
 
@@ -60,7 +77,10 @@ class Run:
             self._loop, self._advance = self._loops.take(self.plan, self.layout)
         try:
             with self.running():
-                self._loop.load(self.begin)
+                begin = self.begin
+                if self._draw is not None and begin.x is None:
+                    begin = dataclasses.replace(begin, x=self._draw().float())
+                self._loop.load(begin)
             yield
         finally:
             self._loops.give(self._loop, self._advance)
@@ -90,7 +110,9 @@ class Run:
                     self.advance(row)
                     self.check()
                 t = int(self.plan.steps.timesteps[row])
-                yield Step(row, t, self.x(), self.x0(), self.begin.seed, self.begin.first_sample)
+                seed = self.begin.seed if self._draw is None else None
+                multistep = self.plan.steps.needs_history and row + 1 < len(self.plan.steps)
+                yield Step(row, t, self.x(), self.x0(), seed, self.begin.first_sample, multistep)
 
     def portions(self, shown: bool) -> Iterator[tuple[int, int]]:
         """(row, rows) of every call of `advance`: several rows at a time where the host has nothing to do in between.

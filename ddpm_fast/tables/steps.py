@@ -11,6 +11,9 @@ and beta = 1 - A/P, which is the schedule's own beta when no timestep is skipped
     eps: a = 1/sqrt(A), b = sqrt(1/A - 1)      x0: a = 0, b = -1      v: a = sqrt(A), b = sqrt(1 - A)
     DDPM (eq. 7): c1 = sqrt(P) beta/(1-A), c2 = sqrt(A/P) (1-P)/(1-A), s^2 = beta (1-P)/(1-A) [small] or beta [large]
     DDIM (eq. 12): s = eta sqrt((1-P)/(1-A)) sqrt(1 - A/P), d = sqrt(1 - P - s^2), x_prev = sqrt(P) x0 + d eps + s z
+    DPM-Solver++(2M): with lambda = log(sqrt(A) / sqrt(1-A)), h = lambda_P - lambda_A, r = (h of the row before) / h and
+        k = -sqrt(P) (e^-h - 1): x_prev = sqrt((1-P)/(1-A)) x + k (1 + 1/(2 r)) x0 - k/(2 r) x0_prev, without the terms
+        in r in row 0, which has no x0_prev, and in the last row, which arrives at the data, where h is infinite
 """
 
 from __future__ import annotations
@@ -23,14 +26,16 @@ import numpy as np
 import torch
 
 from .betas import Float64
+from .levels import Levels
 from .timesteps import Timesteps
 
 if TYPE_CHECKING:
     from ..schedule import Schedule
 
-METHODS = ("ddpm", "ddim")
+METHODS = ("ddpm", "ddim", "dpmsolver++")
 PREDICTIONS = ("eps", "x0", "v")
-VARIANCES = ("fixed_small", "fixed_large")
+LEARNED = ("learned", "learned_range")
+VARIANCES = ("fixed_small", "fixed_large", *LEARNED)
 COLUMNS = ("a", "b", "c1", "c2", "c3", "c4", "s", "clip")
 
 
@@ -42,19 +47,30 @@ class StepTable:
     t_of_row: int32 [steps], the timestep that each row leaves.
     coefficients: float64 [steps, 8], what `table` was rounded from.
     timesteps: int64 [steps], the same as t_of_row on the host.
+    logvar_range: float32 [steps, 2], the log of the smallest and of the largest variance of each row, between which a
+        network with variance="learned_range" chooses; else None.
     """
 
     table: torch.Tensor
     t_of_row: torch.Tensor
     coefficients: Float64
     timesteps: Timesteps
+    logvar_range: torch.Tensor | None = None
+
+    @property
+    def needs_history(self) -> bool:
+        """Whether any row reads x0_prev, the x0 of the row before."""
+        return bool(self.coefficients[:, COLUMNS.index("c4")].any())
 
     def __len__(self) -> int:
         return len(self.timesteps)
 
     def to(self, device: torch.device | str) -> StepTable:
-        """The same table with both tensors on `device`."""
-        return dataclasses.replace(self, table=self.table.to(device), t_of_row=self.t_of_row.to(device))
+        """The same table with its tensors on `device`."""
+        limits = None if self.logvar_range is None else self.logvar_range.to(device)
+        return dataclasses.replace(
+            self, table=self.table.to(device), t_of_row=self.t_of_row.to(device), logvar_range=limits
+        )
 
 
 def check_choice(name: str, value: str, known: tuple[str, ...]) -> None:
@@ -87,6 +103,8 @@ def build_step_table(
     clip: float | bool | None,
     thresholding: bool,
     rederive_eps: bool,
+    set_alpha_to_one: bool,
+    solver_order: int,
 ) -> StepTable:
     """The table for `timesteps` (strictly descending); the arguments are those of `Schedule.step_table`."""
     check_choice("method", method, METHODS)
@@ -96,26 +114,34 @@ def build_step_table(
         raise TypeError(f"eta must be a number, got {type(eta).__name__}")
     if not (math.isfinite(eta) and eta >= 0):
         raise ValueError(f"eta must be a finite number of at least 0, got {eta}")
+    if eta and method == "dpmsolver++":
+        raise ValueError(f'eta={eta} belongs to method="ddim"; method="dpmsolver++" adds no noise')
+    if not set_alpha_to_one and method != "ddim":
+        raise ValueError(f'set_alpha_to_one=False belongs to method="ddim", got method={method!r}')
+    if isinstance(solver_order, bool) or solver_order not in (1, 2):
+        raise ValueError(f"solver_order must be 1 or 2, got {solver_order!r}")
     if prediction == "eps" and schedule.has_zero_terminal_snr:
         raise ValueError(
             'prediction="eps" cannot be sampled on a schedule with zero terminal SNR: at the last timestep x_t is pure '
             'noise and eps says nothing about x0; use a model with prediction="v" or prediction="x0"'
         )
     bound = math.inf if thresholding else clip_range(clip)
-    clipped = thresholding or math.isfinite(bound)
-
-    level = _Levels(schedule, timesteps)
-    a, b = level.x0_from(prediction)
-    if method == "ddpm":
-        c1, c2, c3, s = level.ddpm(variance)
-    else:
-        c1, c2, c3, s = level.ddim(eta, prediction, rederive=clipped and rederive_eps)
-    if not clipped:
-        # x0 = a x - b m put into the update: one rounding of x0 fewer, and the kernel need not form it.
-        c1, c2, c3 = np.zeros_like(c1), c2 + c1 * a, c3 - c1 * b
-
-    rows = [a, b, c1, c2, c3, np.zeros_like(a), s, np.full_like(a, bound)]
-    coefficients = np.stack(rows, axis=1)
+    there = np.append(timesteps[1:], -1 if set_alpha_to_one else 0)
+    coefficients = step_rows(
+        schedule,
+        timesteps,
+        there,
+        method=method,
+        prediction=prediction,
+        variance=variance,
+        eta=eta,
+        bound=bound,
+        clipped=thresholding or math.isfinite(bound),
+        rederive_eps=rederive_eps,
+        solver_order=solver_order,
+    )
+    if set_alpha_to_one:
+        coefficients[-1, COLUMNS.index("s")] = 0.0  # no noise is added to the data
     coefficients.setflags(write=False)
     table = torch.tensor(coefficients, dtype=torch.float32, device="cpu")
     overflowing = ~torch.isfinite(table[:, :7]).all(dim=1)
@@ -125,67 +151,46 @@ def build_step_table(
             f"the coefficients of t = {t} do not fit float32: too little signal is left there for "
             f'prediction={prediction!r}; use prediction="v" or "x0", or smaller betas'
         )
+    limits = None
+    if method == "ddpm" and variance == "learned_range":
+        limits = torch.tensor(Levels(schedule, timesteps, there).logvar_range(), dtype=torch.float32, device="cpu")
     return StepTable(
         table=table,
         t_of_row=torch.tensor(timesteps, dtype=torch.int32, device="cpu"),
         coefficients=coefficients,
         timesteps=timesteps,
+        logvar_range=limits,
     )
 
 
-class _Levels:
-    """Signal and noise of each row, before and after it: A, P, their roots, and those of 1 - A and 1 - P."""
+def step_rows(
+    schedule: Schedule,
+    here: Timesteps,
+    there: Timesteps,
+    *,
+    method: str,
+    prediction: str,
+    variance: str,
+    eta: float,
+    bound: float,
+    clipped: bool,
+    rederive_eps: bool,
+    solver_order: int = 2,
+) -> Float64:
+    """float64 [rows, 8], COLUMNS: row i leaves timestep here[i] and arrives at there[i], at the data where that is -1.
 
-    def __init__(self, schedule: Schedule, timesteps: Timesteps) -> None:
-        def at_both_ends(values: Float64, at_data: float) -> tuple[Float64, Float64]:
-            here = values[timesteps]
-            return here, np.append(here[1:], at_data)
-
-        self.A, self.P = at_both_ends(schedule.alphas_cumprod, 1.0)
-        self.sqrt_A, self.sqrt_P = at_both_ends(schedule.sqrt_alphas_cumprod, 1.0)
-        self.noise_A, self.noise_P = at_both_ends(schedule.one_minus_alphas_cumprod, 0.0)
-        self.sigma_A, self.sigma_P = at_both_ends(schedule.sqrt_one_minus_alphas_cumprod, 0.0)
-        # 1 - A/P as a difference of noise levels, which loses less to cancellation than one of ratios near 1.
-        self.beta = (self.noise_A - self.noise_P) / self.P
-
-    def x0_from(self, prediction: str) -> tuple[Float64, Float64]:
-        """a and b of x0 = a x - b m."""
-        if prediction == "eps":
-            return 1.0 / self.sqrt_A, self.sigma_A / self.sqrt_A
-        if prediction == "v":
-            return self.sqrt_A, self.sigma_A
-        return np.zeros_like(self.A), np.full_like(self.A, -1.0)
-
-    def eps_from(self, prediction: str) -> tuple[Float64, Float64]:
-        """p and q of eps = p x + q m, taken from the network's own output and not from a clipped x0."""
-        if prediction == "eps":
-            return np.zeros_like(self.A), np.ones_like(self.A)
-        if prediction == "v":
-            return self.sigma_A, self.sqrt_A
-        return 1.0 / self.sigma_A, -self.sqrt_A / self.sigma_A
-
-    def ddpm(self, variance: str) -> tuple[Float64, Float64, Float64, Float64]:
-        """c1, c2, c3 and s of the posterior q(x_prev | x_t, x0)."""
-        c1 = self.sqrt_P * self.beta / self.noise_A
-        c2 = self.sqrt_A / self.sqrt_P * self.noise_P / self.noise_A
-        small = self.beta * self.noise_P / self.noise_A
-        s = np.sqrt(small if variance == "fixed_small" else self.beta)
-        s[-1] = 0.0
-        return c1, c2, np.zeros_like(c1), s
-
-    def ddim(self, eta: float, prediction: str, rederive: bool) -> tuple[Float64, Float64, Float64, Float64]:
-        """c1, c2, c3 and s; `rederive` takes eps from the clipped x0, else from the network's output."""
-        s = eta * (self.sigma_P / self.sigma_A) * np.sqrt(self.beta)
-        d_squared = self.noise_P - s * s
-        # At eta = 1 on a zero-SNR step the two are equal, and a rounding error must not turn the root into a NaN.
-        if (d_squared < -1e-12).any():
-            row = int(np.argmin(d_squared))
-            raise ValueError(
-                f"eta={eta} adds more noise in row {row} than the state there may hold; choose eta in [0, 1]"
-            )
-        d = np.sqrt(np.maximum(d_squared, 0.0))
-        if rederive:
-            c2 = d / self.sigma_A
-            return self.sqrt_P - self.sqrt_A * c2, c2, np.zeros_like(d), s
-        p, q = self.eps_from(prediction)
-        return self.sqrt_P.copy(), d * p, d * q, s
+    Its noise is the formula's, also at the data. clipped: x0 is bounded, by `bound` or by a threshold at run time.
+    For method "dpmsolver++" each row begins where the one before it ended.
+    """
+    level = Levels(schedule, here, there)
+    a, b = level.x0_from(prediction)
+    if method == "ddpm":
+        c1, c2, c3, c4, s = level.ddpm(variance)
+    elif method == "ddim":
+        c1, c2, c3, c4, s = level.ddim(eta, prediction, rederive=clipped and rederive_eps)
+    else:
+        c1, c2, c3, c4, s = level.dpmsolver(solver_order)
+    if not clipped:
+        # x0 = a x - b m put into the update: one rounding of x0 fewer, and the kernel need not form it.
+        c1, c2, c3 = np.zeros_like(c1), c2 + c1 * a, c3 - c1 * b
+    return np.stack([a, b, c1, c2, c3, c4, s, np.full_like(a, bound)], axis=1)

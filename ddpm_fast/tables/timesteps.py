@@ -23,7 +23,9 @@ def leading(T: int, steps: int, offset: int = 0) -> Timesteps:
 
 def trailing(T: int, steps: int) -> Timesteps:
     """Equal strides counted down from T, rounded: for T=1000, steps=50: 999, 979, ..., 39, 19."""
-    return np.round(T - np.arange(steps) * (T / steps)).astype(np.int64) - 1
+    # arange sums its stride up in float64, and ties near .5 then fall as in diffusers; it may go one stride too far.
+    result: Timesteps = np.round(np.arange(T, 0, -T / steps)[:steps]).astype(np.int64) - 1
+    return result
 
 
 def trailing_floor(T: int, steps: int) -> Timesteps:
@@ -37,7 +39,34 @@ def trailing_floor(T: int, steps: int) -> Timesteps:
 
 def linspace(T: int, steps: int) -> Timesteps:
     """Both ends included, rounded: for T=1000, steps=50: 999, 979, 958, ..., 20, 0. One step starts at T - 1."""
-    return np.round(np.linspace(T - 1, 0, steps)).astype(np.int64)
+    upwards: Timesteps = np.round(np.linspace(0, T - 1, max(steps, 2))).astype(np.int64)
+    return upwards[::-1][:steps].copy()
+
+
+def linspace_open(T: int, steps: int) -> Timesteps:
+    """linspace of steps + 1 points without the last, 0: for T=1000, steps=50: 999, 979, ..., 40, 20.
+
+    The "linspace" of diffusers' DPM-Solver, whose steps are as even down to the data as they are before.
+    """
+    _room_for_one_more(T, steps, "linspace_open")
+    return linspace(T, steps + 1)[:-1]
+
+
+def leading_open(T: int, steps: int, offset: int = 0) -> Timesteps:
+    """Multiples of T // (steps + 1) from the first on, plus `offset`: for T=1000, steps=50: 950, 931, ..., 38, 19.
+
+    The "leading" of diffusers' DPM-Solver.
+    """
+    _room_for_one_more(T, steps, "leading_open")
+    return leading(T, steps + 1, offset)[:-1]
+
+
+def _room_for_one_more(T: int, steps: int, spacing: str) -> None:
+    if steps >= T:
+        raise ValueError(
+            f"steps must be in 1..{T - 1} for spacing={spacing!r}, which leaves timestep 0 out, got {steps}; "
+            'use spacing="trailing"'
+        )
 
 
 def sections(T: int, counts: Sequence[int]) -> Timesteps:
@@ -92,12 +121,13 @@ def explicit(T: int, timesteps: Sequence[int]) -> Timesteps:
 
 
 EVEN: dict[str, Callable[[int, int], Timesteps]] = {
-    "leading": leading,
     "trailing": trailing,
     "trailing_floor": trailing_floor,
     "linspace": linspace,
+    "linspace_open": linspace_open,
 }
-SPACINGS = (*EVEN, "sections", "explicit")
+OFFSET: dict[str, Callable[[int, int, int], Timesteps]] = {"leading": leading, "leading_open": leading_open}
+SPACINGS = (*OFFSET, *EVEN, "sections", "explicit")
 
 Steps = int | str | Sequence[int] | None
 
@@ -109,14 +139,14 @@ def timesteps_for(T: int, steps: Steps = None, spacing: str | None = None, steps
         themselves, or with spacing="sections" the count of each section); a string "10,10,20" (section counts) or
         "ddim50" (a whole stride).
     spacing: one of SPACINGS or None.
-    steps_offset: added to every timestep of spacing "leading".
+    steps_offset: added to every timestep of spacing "leading" or "leading_open".
     Raises ValueError or TypeError, naming `steps` or `spacing`, for what cannot be resolved.
     """
     if spacing is not None and spacing not in SPACINGS:
         raise ValueError(
             f"spacing must be one of {', '.join(SPACINGS)}, got {spacing!r}; pass a list of timesteps as steps="
         )
-    if steps_offset and spacing != "leading":
+    if steps_offset and spacing not in OFFSET:
         raise ValueError(f'steps_offset={steps_offset} belongs to spacing="leading", got spacing={spacing!r}')
     if isinstance(steps, str):
         return _from_text(T, steps, spacing)
@@ -136,17 +166,16 @@ def timesteps_for(T: int, steps: Steps = None, spacing: str | None = None, steps
         raise ValueError(f"steps must be in 1..{T} (the schedule's number of timesteps), got {count}")
     if spacing == "sections":
         return sections(T, [count])
-    if spacing == "leading":
-        return _leading_inside(T, count, _as_int("steps_offset", steps_offset))
+    if spacing in OFFSET:
+        return _inside(T, OFFSET[spacing](T, count, _as_int("steps_offset", steps_offset)), steps_offset)
     return EVEN[spacing or "trailing"](T, count)
 
 
-def _leading_inside(T: int, steps: int, offset: int) -> Timesteps:
-    result = leading(T, steps, offset)
+def _inside(T: int, result: Timesteps, offset: int) -> Timesteps:
     if result[0] >= T or result[-1] < 0:
         outside = result[0] if result[0] >= T else result[-1]
         raise ValueError(
-            f"steps_offset={offset} with {steps} leading steps reaches timestep {outside}, outside 0..{T - 1}; "
+            f"steps_offset={offset} with {len(result)} leading steps reaches timestep {outside}, outside 0..{T - 1}; "
             "lower steps_offset or steps"
         )
     return result

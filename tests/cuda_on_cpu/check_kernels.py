@@ -106,11 +106,12 @@ def decoded(data: np.ndarray, dtype: str) -> np.ndarray:
 
 def both(op: str, *args: Any, case: object = "") -> None:
     """Call the op of both halves with the same arguments and compare all buffers, the inputs included."""
-    buffers = [a for a in args if isinstance(a, Buffer)]
+    buffers = list({id(a): a for a in args if isinstance(a, Buffer)}.values())  # one may stand in two places
     for buffer in buffers:
         buffer.results.clear()
     for device, stream in ((-1, 1), (0, 0)):
-        getattr(C, op)(device, stream, *[a.place() if isinstance(a, Buffer) else a for a in args])
+        places = {id(buffer): buffer.place() for buffer in buffers}
+        getattr(C, op)(device, stream, *[places.get(id(a), a) for a in args])
         for buffer in buffers:
             buffer.collect()
     for place, argument in enumerate(args):
@@ -247,19 +248,22 @@ def test_ddpm_step(shape: tuple[int, int, int], last: bool, shift: int, dtype: s
     table.values.reshape(STEPS, 8)[:, 7] = [0.5, 1.0, np.inf, np.inf]
     table.values.reshape(STEPS, 8)[3, 6] = 0.0  # no noise at the last step
     cases = [("", row, "") for row in (0, 2, 3, -5, STEPS)]
-    cases += [(option, 1, "") for option in ("given", "guided", "threshold", "history", "logvar", "out")]
+    cases += [(option, 1, "") for option in ("given", "guided", "threshold", "history", "logvar", "range", "out")]
+    cases += [("history out", 1, "")]
     cases += [(option, 1, copy) for option in ("copy", "copy_across", "given copy") for copy in ("uint8", dtype)]
     for option, row, copy in cases:
+        history = data.array()
         both(
             "ddpm_step",
             *(*data.shape, data.array(), data.array(dtype), code(dtype)),
             *((data.array(dtype), code(dtype), data.array(count=1)) if option == "guided" else (0, 0, 0)),
             *(table, data.fixed([999, 500, 250, 0], np.int32), STEPS, data.fixed([row], np.int64)),
             *(data.array() if "given" in option else 0, data.rng()),
-            data.array() if option == "history" else 0,
-            *((data.array(dtype), code(dtype)) if option == "logvar" else (0, 0)),
+            history if "history" in option else 0,
+            *((data.array(dtype), code(dtype)) if option in ("logvar", "range") else (0, 0)),
+            data.array(count=2 * STEPS) if option == "range" else 0,
             data.fixed([0.5, 1.0, 2.0][: data.n], np.float32) if option == "threshold" else 0,
-            data.output() if option == "out" else 0,
+            history if option == "history out" else data.output() if option == "out" else 0,
             *((data.output(copy), code(copy), last != (option == "copy_across")) if copy else (0, 0, False)),
             data.fixed([-1], np.int32),
             case=(option, row, copy),

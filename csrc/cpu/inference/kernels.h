@@ -66,6 +66,31 @@ struct Normalise {
   bool silu = false;
 };
 
+// Rows in memory as the b of a Gemm: b[k, j] is source[j][k] (pack_columns) or source[k][j] (pack_rows), and zero where
+// the source has no such row or element.
+struct Operand {
+  const void* source = nullptr;
+  int64_t stride = 0;        // elements from row to row
+  int64_t count = 0;         // rows
+  int64_t length = 0;        // elements of a row
+  int64_t k = 0, width = 0;  // of b: a multiple of k_multiple, a multiple of 16
+  void* b = nullptr;
+};
+
+// weights[i, j] = e^(scale (scores[i, j] - most[i])) for m rows, where most is the row's largest score so far; sum gets
+// the row's sum of them added after being multiplied, as everything summed so far has to be, by factor.
+struct Softmax {
+  float* scores = nullptr;  // [m][64] for 64 columns after the other, the last of them filled up to 16; overwritten
+  int64_t m = 0, columns = 0;
+  float scale = 0;
+  float* most = nullptr;    // [m], before the first columns the lowest float
+  float* sum = nullptr;     // [m], before the first columns 0
+  float* factor = nullptr;  // [m]
+  void* weights = nullptr;  // activations; zeros from `columns` to k, which is a multiple of k_multiple
+  int64_t stride = 0;       // elements from row to row; a multiple of 16 not below columns
+  int64_t k = 0;
+};
+
 struct Kernels {
   const char* name;
   bool half;
@@ -95,6 +120,15 @@ struct Kernels {
   void (*to_float)(const void* source, int64_t count, float* target);
   void (*moments)(const Moments&);
   void (*normalise)(const Normalise&);
+  void (*pack_columns)(const Operand&);
+  void (*pack_rows)(const Operand&);
+  void (*softmax)(const Softmax&);
+  // sums[i, j] = sums[i, j] factor[i] + more[i, j] for m rows of width floats.
+  void (*rescale_add)(float* sums, const float* more, const float* factor, int64_t m, int64_t width);
+  // out[i][j] = sums[i, j] / divisor[i] for m rows and the first `columns` of their width; out's rows are stride apart.
+  void (*store_divided)(
+      const float* sums, int64_t width, int64_t m, int64_t columns, const float* divisor, void* out, int64_t stride
+  );
 };
 
 // Null where the compiler could not build it.

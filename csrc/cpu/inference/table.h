@@ -24,6 +24,11 @@
         to_float,                                                                                                      \
         moments,                                                                                                       \
         normalise,                                                                                                     \
+        pack_columns,                                                                                                  \
+        pack_rows,                                                                                                     \
+        softmax,                                                                                                       \
+        rescale_add,                                                                                                   \
+        store_divided,                                                                                                 \
     };                                                                                                                 \
     return &table;                                                                                                     \
   }                                                                                                                    \

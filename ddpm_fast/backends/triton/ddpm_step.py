@@ -44,6 +44,7 @@ def _ddpm_step_kernel(
     guidance_ptr,
     x0_prev_ptr,
     logvar_ptr,
+    logvar_range_ptr,
     threshold_ptr,
     x0_out_ptr,
     copy_ptr,
@@ -106,7 +107,14 @@ def _ddpm_step_kernel(
                 z = _noise.normal_of_quads(rng_ptr, stream, sample, quad)
         sigma = tl.where(noisy, s, 0.0)
         if logvar_ptr is not None:
-            sigma = _math.exp_f32(0.5 * _math.load_image(logvar_ptr + m_place, noisy_mask))
+            logvar = _math.load_image(logvar_ptr + m_place, noisy_mask)
+            if logvar_range_ptr is not None:
+                # Between the row's limits by v in [-1, 1] (Nichol & Dhariwal 2021, eq. 15).
+                low = tl.load(logvar_range_ptr + row * 2, mask=known, other=0.0)
+                high = tl.load(logvar_range_ptr + row * 2 + 1, mask=known, other=0.0)
+                f = 0.5 * (logvar + 1.0)
+                logvar = f * high + (1.0 - f) * low
+            sigma = _math.exp_f32(0.5 * logvar)
         y = y + sigma * z
 
     tl.store(x_ptr + place, y, mask=mask)
@@ -135,6 +143,7 @@ def ddpm_step(
     guidance: Tensor | None,
     x0_prev: Tensor | None,
     logvar: Tensor | None,
+    logvar_range: Tensor | None,
     threshold: Tensor | None,
     x0_out: Tensor | None,
     copy_out: Tensor | None,
@@ -169,6 +178,7 @@ def ddpm_step(
         guidance,
         None if x0_prev is None else layout.dense(x0_prev),
         None if logvar is None else layout.dense(logvar),
+        logvar_range,
         None if threshold is None else threshold.contiguous(),
         None if x0_staged is None else x0_staged.data,
         None if copy_staged is None else copy_staged.data,
