@@ -52,9 +52,7 @@ def inputs(shape=IMAGE, dtype=torch.float32, kind="contiguous", bias=True, temb=
 
 def call(arguments, groups=GROUPS, act="silu", **more):
     a = arguments
-    return ops.group_norm_silu(
-        a["h"], groups, a["weight"], a["beta"], bias=a["bias"], temb=a["temb"], act=act, **more
-    )
+    return ops.group_norm_silu(a["h"], groups, a["weight"], a["beta"], bias=a["bias"], temb=a["temb"], act=act, **more)
 
 
 def eager(arguments, groups=GROUPS, act="silu", eps=1e-5):
@@ -168,7 +166,9 @@ def test_scale_and_shift(device, names, affine):
     torch.testing.assert_close(got.cpu(), F.silu(u).float(), **CLOSE[torch.float32])
 
 
-def gradients(where, groups=GROUPS, act="silu", dtype=torch.float32, kind="contiguous", shape=IMAGE, more=None, **parts):
+def gradients(
+    where, groups=GROUPS, act="silu", dtype=torch.float32, kind="contiguous", shape=IMAGE, more=None, **parts
+):
     arguments, more = to(where, inputs(shape, dtype, kind, **parts)), to(where, dict(more or {}))
     leaves = [value.requires_grad_() for value in (*arguments.values(), *more.values()) if value is not None]
     y = call(arguments, groups, act, **more)

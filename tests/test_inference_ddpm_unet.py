@@ -233,3 +233,45 @@ def test_what_no_plan_covers_is_refused_with_the_reason(make, reason) -> None:
     assert not inference.knows(net)
     with pytest.raises(TypeError, match=reason):
         inference.compile(net)
+
+
+class TestOfDiffusers:
+    """Networks of diffusers' class are read as the `DDPMUNet` that they are."""
+
+    @pytest.fixture(params=["diffusers", "ddpm_fast.interop.diffusers"])
+    def unet(self, request: pytest.FixtureRequest) -> nn.Module:
+        package = pytest.importorskip(request.param, reason="pip install 'ddpm_fast[diffusers]'")
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            unet: nn.Module = package.UNet2DModel(**SMALL).eval()
+        return unet
+
+    def test_its_plan_gives_what_it_gives(self, unet) -> None:
+        x, t = inputs(2, (3, 16, 16))
+        fused = inference.compile(unet)
+
+        def expected() -> Tensor:
+            with torch.no_grad():
+                return copy.deepcopy(unet).double()(x.double(), t).sample
+
+        assert relative_error(fused(x, t), expected()) < 5e-6
+        with torch.no_grad():
+            unet.conv_out.weight.mul_(2)  # the object itself is watched
+            unet.mid_block.attentions[0].to_q.bias.add_(1)
+        assert relative_error(fused(x, t), expected()) < 5e-6
+
+    def test_where_it_is_faster_it_runs_itself(self, unet, monkeypatch) -> None:
+        monkeypatch.setattr(module.Module, "beats", lambda *_: 1.0)
+        x, t = inputs(2, (3, 16, 16))
+        with torch.no_grad():
+            assert relative_error(inference.compile(unet)(x, t), unet(x, t).sample) < 1e-6
+
+    def test_altered_it_is_refused(self, unet) -> None:
+        unet.conv_in.register_forward_hook(lambda *_: None)
+        assert "conv_in has forward hooks" in str(inference.unknown_reason(unet))
+
+    def test_with_other_blocks_it_is_refused(self) -> None:
+        diffusers = pytest.importorskip("diffusers", reason="pip install 'ddpm_fast[diffusers]'")
+        blocks = {"down_block_types": ("SkipDownBlock2D",) * 2, "up_block_types": ("SkipUpBlock2D",) * 2}
+        unet = diffusers.UNet2DModel(**{**SMALL, **blocks, "block_out_channels": (32, 32)})
+        assert "no fused plan covers this UNet2DModel" in str(inference.unknown_reason(unet))

@@ -92,7 +92,7 @@ def norm_act(
 ) -> Tensor:
     """act(GroupNorm(h + bias[c] + temb[n, c]) (1 + scale[n, c]) + shift[n, c]), each but h optional.
 
-    On a GPU one op. On a CPU that was measured to be 2 to 12 % of a forward pass slower between torch's operators, whose
+    On a GPU one op. On a CPU that was measured to cost 2 to 12 % of a forward pass, for between torch's operators its
     idle threads spin on the cores that ours would wake on.
     """
     if h.is_cuda and act == "silu":
