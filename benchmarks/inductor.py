@@ -16,8 +16,9 @@ from typing import Any
 
 import torch
 from baselines import Baseline, Step, StepGraph, whole_step
-from candidate import Missing, Problem, check
-from plain import PlainUNet, cast
+from candidate import Problem, check
+from packages import Missing
+from plain import Plain, cast
 
 
 class Compiled(Baseline):
@@ -55,8 +56,8 @@ class Compiled(Baseline):
             for freezing, fused, backends in grid
         ]
 
-    def network(self, problem: Problem) -> PlainUNet:
-        return cast(PlainUNet(problem.unet).eval().folded(), self.dtype)
+    def network(self, problem: Problem) -> Plain:
+        return cast(problem.plain().folded(), self.dtype)
 
     def guard(self) -> AbstractContextManager[Any]:
         stack = contextlib.ExitStack()
@@ -65,7 +66,7 @@ class Compiled(Baseline):
         stack.enter_context(torch.compiler.set_stance("fail_on_recompile"))
         return stack
 
-    def make(self, network: PlainUNet) -> Step:
+    def make(self, network: Plain) -> Step:
         torch._dynamo.reset()
         gpu = self.problem.device.type == "cuda"
         tried: list[tuple[float, str, Step, StepGraph | None]] = []
@@ -88,8 +89,8 @@ class Compiled(Baseline):
         _, named, step, self.captured = min(tried, key=lambda item: item[0])
         self.notes = "; ".join(notes) if len(notes) > 1 else ""
         self.flags = (
-            f"torch.compile(step, fullgraph=True, dynamic=False) of network (BatchNorm folded, {self.dtype}, {layout}) "
-            f"and update with randn_like, no_grad, float32 state{', in a torch.cuda.CUDAGraph' if gpu else ''}; "
+            f"torch.compile(step, fullgraph=True, dynamic=False) of {network.what} "
+            f"({', '.join(filter(None, [network.folds, str(self.dtype), layout]))}) and update with randn_like, no_grad, float32 state{', in a torch.cuda.CUDAGraph' if gpu else ''}; "
             f"torch._inductor.config: {named}"
         )
         return step

@@ -5,11 +5,11 @@
 
 from ddpm_fast import inference, ops
 from ddpm_fast.backends import use_backend
-from ddpm_fast.nn import UNet
+from ddpm_fast.nn import DDPMUNet, UNet
 from ddpm_fast.ops import normal
 from ddpm_fast.sampler import Sampler
 from ddpm_fast.schedule import Schedule
 
 __version__ = "0.1.0"
 
-__all__ = ["Sampler", "Schedule", "UNet", "__version__", "inference", "normal", "ops", "use_backend"]
+__all__ = ["DDPMUNet", "Sampler", "Schedule", "UNet", "__version__", "inference", "normal", "ops", "use_backend"]

@@ -5,8 +5,9 @@ x_T ~ N(0, I); for each row: m = model(x, t); x = ddpm_step(x, m, row).  (Ho et 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +36,8 @@ from .schedule import Schedule
 from .tables.timesteps import Steps
 
 DEFAULT_CHUNK = 16
+
+S = TypeVar("S", bound="Sampler")
 
 
 class Sampler:
@@ -139,6 +142,31 @@ class Sampler:
             raise ValueError(f"fused=True computes in {known}, got dtype {self._dtype()}")
         self._plans: dict[tuple[torch.device, torch.dtype], Plan] = {}
         self._loops = Loops(cuda_graph)
+
+    @classmethod
+    def from_pretrained(
+        cls: type[S],
+        folder: str | os.PathLike[str],
+        *,
+        variant: str | None = None,
+        fused: bool | None = None,
+        **overrides: Any,
+    ) -> S:
+        """A sampler of a `DDPMUNet` from the folder of a saved diffusers pipeline, with that pipeline's choices.
+
+        folder: what `DDPMPipeline.save_pretrained` writes, or config.json, weights and scheduler_config.json side by
+            side. A name on the Hub is to be downloaded first. variant: as "fp16" in diffusion_pytorch_model.fp16.*.
+        fused: None is True where `dtype` allows it; as in `Sampler`, a network without a fused plan runs as it is.
+        overrides: any argument of `Sampler`; they win over what the scheduler's config says. With another `method` the
+            config is read as the scheduler of that method would read it.
+        steps: default all T, 50 for a DDIMPipeline, 20 for DPM-Solver++. dtype: default float32, whatever the file has.
+            like: default "diffusers", so images come out in [0, 1] unless `sample(output=)` says otherwise.
+        Covered schedulers: DDPMScheduler, DDIMScheduler, DPMSolverMultistepScheduler (dpmsolver++, order 1 or 2,
+        midpoint). Raises FileNotFoundError or ValueError naming the file, and the key or block, that cannot be served.
+        """
+        from .interop._folders import sampler_of  # only those who load a folder need it
+
+        return sampler_of(cls, folder, variant, fused, overrides)
 
     # -- what is asked for ----------------------------------------------------------------------------------------
 
@@ -283,8 +311,8 @@ class Sampler:
             if seed is not None or noise is not None or first_sample:
                 raise ValueError("generator draws all noise: it excludes seed, first_sample and noise; pass it alone")
             draw = drawing(generator, n, sizes, dtype_of(self.model) if self.fused else self._dtype(), device)
-        rows = labels_of(labels, n, device, attribute(self.model, "num_classes"))
         null_label = attribute(self.model, "null_label") if self.null_label is None else self.null_label
+        rows = labels_of(labels, n, device, attribute(self.model, "num_classes"), null_label is not None)
         null = guidance_of(guidance, rows, null_label)
         self.last_seed = None if draw is not None else seed_of(seed)
         chunk = max(n, 1) if self.chunk is None else self.chunk if self.deterministic else min(self.chunk, max(n, 1))

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from ..schedule import Schedule
 
 # diffusers' names and ours; "exp" is an alpha transform that no scheduler of the DDPM family offers by name
-NAMED = {
+NAMED: dict[str, Callable[..., Schedule]] = {
     "linear": Schedule.linear,
     "scaled_linear": Schedule.scaled_linear,
     "sigmoid": Schedule.sigmoid_betas,
 }
-OF_T = {"squaredcos_cap_v2": Schedule.cosine, "laplace": Schedule.laplace}
+OF_T: dict[str, Callable[..., Schedule]] = {"squaredcos_cap_v2": Schedule.cosine, "laplace": Schedule.laplace}
 
 
 def schedule_of(config: Mapping[str, Any]) -> Schedule:

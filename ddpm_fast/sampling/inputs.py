@@ -105,8 +105,11 @@ def check_noise(z: Any, n: int, shape: tuple[int, ...], device: torch.device) ->
     return z
 
 
-def labels_of(labels: Labels | None, n: int, device: torch.device, classes: int | None) -> Tensor | None:
-    """labels as a tensor with n rows on `device`: int64 [n] of classes, or a floating condition [n, ...]."""
+def labels_of(labels: Labels | None, n: int, device: torch.device, classes: int | None, null: bool) -> Tensor | None:
+    """labels as a tensor with n rows on `device`: int64 [n] of classes, or a floating condition [n, ...].
+
+    null: whether there is a label that means "none"; then `classes` itself, one past the last class, is allowed.
+    """
     if labels is None:
         return None
     if isinstance(labels, (int, np.integer)) and not isinstance(labels, bool):
@@ -127,8 +130,10 @@ def labels_of(labels: Labels | None, n: int, device: torch.device, classes: int 
         raise ValueError(f"labels must have shape ({n},), got {tuple(result.shape)}")
     if n and isinstance(classes, int):
         low, high = int(result.min()), int(result.max())
-        if low < 0 or high > classes:
-            raise ValueError(f"labels must lie in 0..{classes} ({classes} = no label), got {low}..{high}")
+        last = classes if null else classes - 1
+        if low < 0 or high > last:
+            meaning = f" ({classes} = no label)" if null else ""
+            raise ValueError(f"labels must lie in 0..{last}{meaning}, got {low}..{high}")
     return result.to(device=device, dtype=torch.int64)
 
 

@@ -8,7 +8,6 @@ replayed. Between replays the host may write to these static buffers: x, row, rn
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable
 
 import torch
@@ -19,6 +18,7 @@ from ..inference import Compiled
 from ..noise import STREAM_X_T, make_rng
 from ..tables.steps import COLUMNS, StepTable
 from .model import Model, prediction
+from .thresholding import dynamic_threshold
 
 
 @dataclasses.dataclass(frozen=True)
@@ -244,7 +244,7 @@ class Loop:
         return m[0], m[1] if self.layout.guided else None
 
     def _threshold(self, m: Tensor, uncond: Tensor | None) -> Tensor | None:
-        """Dynamic thresholding (Saharia et al. 2022): per sample the given quantile of |x0|, within [1, max_value]."""
+        """The bound of each sample, where the sampler was asked for dynamic thresholding."""
         if self.plan.thresholding is None:
             return None
         ratio, max_value = self.plan.thresholding
@@ -252,9 +252,4 @@ class Loop:
         m = m.float()
         if uncond is not None and self.guidance is not None:
             m = uncond.float() + self.guidance * (m - uncond.float())
-        size = (a * self.x - b * m).abs().flatten(1).sort(dim=1).values
-        # Between the two order statistics around it, as torch.quantile, which refuses large batches.
-        position = ratio * (size.shape[1] - 1)
-        low, high = math.floor(position), math.ceil(position)
-        quantile: Tensor = size[:, low] + (position - low) * (size[:, high] - size[:, low])
-        return quantile.clamp(1.0, max_value)
+        return dynamic_threshold(a * self.x - b * m, ratio, max_value)
