@@ -19,7 +19,7 @@ from ddpm_fast.backends.triton import aot
 from ddpm_fast.backends.triton.conv_output import Output as OutputLaunch
 from ddpm_fast.inference.candidate import Frame, Packs, Place
 from ddpm_fast.inference.gpu_layers import listed
-from ddpm_fast.inference.network import Buffer, Conv, Linear, Slice, Up
+from ddpm_fast.inference.network import Buffer, Conv, Linear, Norm, Slice, Up
 
 GPUS = {90: (132, 90), 80: (108, 80)}
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
@@ -88,6 +88,22 @@ def launches(
     return candidate.name, found
 
 
+def norm(side: int, channels: int, modulated: bool, dtype: torch.dtype) -> aot.Specialisation:
+    """The first choice for a norm of the paper's U-Net, of part of a buffer."""
+    part = Slice(Buffer("b", 2 * channels, 0), 0, channels)
+    layer = Norm(*("norm", meta(channels), meta(channels), part, part, 32, 1e-6), modulation=64 if modulated else None)
+    source, target = (
+        meta(64, side, side, 2 * channels, dtype=dtype)[..., :channels],
+        meta(64, side, side, channels, dtype=dtype),
+    )
+    place = Place(64, side, side, dtype, torch.device("meta"), source, target, None, 2944, Packs())
+    images = meta(64, 3, 32, 32)
+    with aot.recorded() as found:
+        candidate = listed(layer, 64, side, side, dtype, *GPUS[90])[0]
+        candidate.prepare(layer, place)(Frame(images, images, meta(1000, 2944), meta(64, dtype=torch.int64)))
+    return found[0]
+
+
 def output(step: bool, side: int = 1) -> list[aot.Specialisation]:
     """The last layer of the U-Nets in bfloat16, side x side, alone or with the reverse step."""
 
@@ -114,6 +130,9 @@ def cases() -> Iterator[tuple[str, str, int, aot.Specialisation]]:
             yield name + (", the parts added" if reduces else ""), chosen, layer[-1], launch
     for name, step in (("output", False), ("output with the step", True)):
         yield name, "triton", 90, output(step)[0]
+    yield "norm", "triton", 90, norm(32, 128, False, BF16)
+    yield "norm of groups of twelve, modulated", "triton", 90, norm(16, 384, True, F16)
+    yield "norm in float32", "triton", 90, norm(32, 128, False, F32)
     yield "conv_out", "triton", 90, output(False, side=3)[0]
 
 

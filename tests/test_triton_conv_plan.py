@@ -15,7 +15,7 @@ from ddpm_fast.inference.candidate import Packs
 from ddpm_fast.inference.check import BOUNDS, error, exact
 from ddpm_fast.inference.gpu_tiles import tiles
 from ddpm_fast.inference.known import read
-from ddpm_fast.inference.network import Attention, Conv, Layer, Linear, Norm, Output, Up
+from ddpm_fast.inference.network import Attention, Conv, Layer, Linear, Output, Up
 from ddpm_fast.inference.plan import frame_for, places
 from ddpm_fast.nn import DDPMUNet, UNet
 
@@ -91,7 +91,7 @@ def ddpm_unet(**options) -> DDPMUNet:
 
 
 def left_to_the_library(layer: Layer) -> bool:
-    return isinstance(layer, (Norm, Attention)) or (isinstance(layer, Conv) and layer.resample == "down")
+    return isinstance(layer, Attention) or (isinstance(layer, Conv) and layer.resample == "down")
 
 
 @interpreted
@@ -105,7 +105,7 @@ def left_to_the_library(layer: Layer) -> bool:
 )
 @torch.no_grad()
 def test_the_paper_s_network_of_these_layers_and_the_library_s_computes_the_model(size, options, n, dtype):
-    """As above, with the library's own norms, attentions and convolutions of stride 2 in between."""
+    """As above, with the library's attentions and convolutions of stride 2 in between."""
     model = ddpm_unet(**options)
     network = read(model)
     spots = places(network, n, size, size, dtype, CPU, Packs())

@@ -11,9 +11,10 @@ from ..backends.triton.conv_call import MAX_PIXELS, Tile, first_terms, pack
 from ..backends.triton.conv_call import Conv as ConvLaunch
 from ..backends.triton.conv_output import MAX_OUTPUTS
 from ..backends.triton.conv_output import Output as OutputLaunch
+from ..backends.triton.norm import Norm as NormLaunch
 from .candidate import Bound, Candidate, Frame, Place
-from .gpu_tiles import tiles
-from .network import Conv, Layer, Linear, Output, Up
+from .gpu_tiles import spans, tiles
+from .network import Conv, Layer, Linear, Norm, Output, Up
 
 TILES = 4
 """Configurations listed per layer. The tutorial U-Net has about 60 different kernels then, half a second of compilation
@@ -36,6 +37,9 @@ def listed(
     if isinstance(layer, Output):
         outputs, channels = layer.weight.shape[:2]
         return [TritonOutput()] if channels % 16 == 0 and outputs <= MAX_OUTPUTS else []
+    if isinstance(layer, Norm):
+        channels = layer.source.channels
+        return [TritonNorm(*found) for found in spans(channels, layer.groups)] if channels % 16 == 0 else []
     up = isinstance(layer, Up)
     columns, channels = layer.weight.shape[up], layer.weight.shape[not up]
     image, doubled = layer.source is None, isinstance(layer, Conv) and layer.resample == "up"
@@ -64,11 +68,11 @@ def listed(
     return [*(of("window", n, 4, 4) if dense else []), *of("conv", rows, 9, 1)]
 
 
-def serves(layer: Layer) -> TypeGuard[Conv | Up | Linear | Output]:
-    """What these kernels compute: no stride of 2, no norm or attention."""
+def serves(layer: Layer) -> TypeGuard[Conv | Up | Linear | Norm | Output]:
+    """What these kernels compute: no stride of 2, no attention."""
     if isinstance(layer, Conv):
         return layer.resample == "none" or (layer.resample == "up" and layer.source is not None)
-    return isinstance(layer, (Up, Linear, Output))
+    return isinstance(layer, (Up, Linear, Norm, Output))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,6 +108,40 @@ class TritonConv:
 
         def run(frame: Frame) -> None:
             launch(frame.x, frame.time_table, frame.time_rows, frame.label_table, frame.label_rows)
+
+        return run
+
+
+@dataclasses.dataclass(frozen=True)
+class TritonNorm:
+    """A Norm by programs of `span` channels and at most `warps` warps."""
+
+    span: int
+    warps: int
+
+    @property
+    def name(self) -> str:
+        return f"triton {self.span} x {self.warps} warps"
+
+    def prepare(self, layer: Layer, place: Place) -> Bound:
+        assert place.source is not None
+        assert place.target is not None
+        assert isinstance(layer, Norm)
+        launch = NormLaunch(
+            place.source,
+            layer.weight,
+            layer.bias,
+            place.target,
+            layer.groups,
+            layer.eps,
+            self.span,
+            self.warps,
+            silu=layer.silu,
+            first_column=layer.modulation,
+        )
+
+        def run(frame: Frame) -> None:
+            launch(frame.time_table, frame.time_rows, frame.label_table, frame.label_rows)
 
         return run
 

@@ -30,6 +30,10 @@ MAX_PIXELS = 2**31 - 2**16
 """Pixels of a target that int32 can number, the rounding up of the rows to a whole tile included."""
 
 
+NO_TABLES: tuple[Any, ...] = (None, None, 0, None, None, 0)
+"""`tables_of` for a layer without an embedding."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Tile:
     """A configuration of ``_conv_kernel``: rows x columns of a program, terms of the sum per pass, passes in flight,
@@ -96,6 +100,14 @@ def images_of(kind: str, pixels: int, rows: int, columns: int) -> int:
         return 0
     whole = rows % pixels == 0  # else a tile may begin and end within an image
     return max(16, power_of_two(rows // pixels if whole else (rows - 2) // pixels + 2))
+
+
+def tables_of(
+    time_table: Tensor, time_rows: Tensor | None, label_table: Tensor | None, label_rows: Tensor | None
+) -> tuple[tuple[Any, ...], int]:
+    """What ``conv_epilogue.embedding`` takes: tables, rows and their counts; and the columns of a table."""
+    labels = (None, None, 0) if label_table is None else (label_table, label_rows, label_table.shape[0])
+    return (time_table, time_rows, time_table.shape[0], *labels), time_table.shape[1]
 
 
 class Conv:
@@ -223,19 +235,16 @@ class Conv:
         label_rows: Tensor | None = None,
     ) -> None:
         """Launch. x: the images of a "first" layer. Tables: float32 [entries, columns] contiguous; rows: int64 [n]."""
-        tables: tuple[Any, ...] = (None, None, 0, None, None, 0)
-        stride = 0
+        tables, stride = (NO_TABLES, 0)
         if self._embedded and time_table is not None:
-            labels = (None, None, 0) if label_table is None else (label_table, label_rows, label_table.shape[0])
-            tables = (time_table, time_rows, time_table.shape[0], *labels)
-            stride = time_table.shape[1]
+            tables, stride = tables_of(time_table, time_rows, label_table, label_rows)
         source = x if self._source is None else self._source
         launch(
             _conv_kernel,
             self._grid,
             self._on,
             source,
-            *(tables if self._splits == 1 else (None, None, 0, None, None, 0)),
+            *(tables if self._splits == 1 else NO_TABLES),
             *self._args,
             stride,
             *self._last,
