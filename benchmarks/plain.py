@@ -1,7 +1,7 @@
 """What the baselines run: the same weights as ours in networks that have nothing of ddpm_fast's ops in them.
 
-    PlainUNet  the tutorial's U-Net, in torch functions
-    PeerUNet   the paper's U-Net: diffusers' own UNet2DModel
+PlainUNet  the tutorial's U-Net, in torch functions
+PeerUNet   the paper's U-Net: diffusers' own UNet2DModel
 """
 
 from __future__ import annotations
