@@ -135,8 +135,6 @@ class Sampler:
         self.chunk = None if chunk is None else whole("chunk", chunk, 1)
         self.last_seed: int | None = None
         self._not_fused = inference.unknown_reason(model) if fused else "fused=True was not asked for"
-        if self.fused and self.choices.twice_the_channels:
-            self._not_fused = f"variance={self.choices.variance!r}: a fused plan predicts no variance"
         if self.fused and self._dtype() not in inference.DTYPES:
             known = ", ".join(str(known) for known in inference.DTYPES)
             raise ValueError(f"fused=True computes in {known}, got dtype {self._dtype()}")

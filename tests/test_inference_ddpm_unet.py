@@ -39,6 +39,7 @@ NETS = [
     (1, (3, 16, 24), {"downsample_padding": 1, "attention_head_dim": 8}),
     (3, (1, 8, 8), {"in_channels": 1, "out_channels": 1, "resnet_time_scale_shift": "scale_shift"}),
     (3, (3, 8, 8), {"num_class_embeds": 4}),
+    (2, (3, 8, 8), {"out_channels": 6}),
     (2, (3, 8, 8), {"mid_block_type": None, "layers_per_block": 2}),
     (2, (3, 8, 8), {"add_attention": False, "block_out_channels": (20, 36), "norm_num_groups": 4}),  # none of ours
     (2, (3, 8, 12), THREE),
@@ -182,6 +183,21 @@ def test_sampler_gives_the_same_images_with_and_without_the_plan(options) -> Non
     assert (images[0] - images[1]).abs().max() < 1e-4
 
 
+@pytest.mark.parametrize("method", ["ddpm", "ddim"])
+@pytest.mark.parametrize("chunk", [None, 2])
+def test_a_learned_variance_is_sampled_with_and_without_the_plan(method, chunk) -> None:
+    net, schedule = make_net(out_channels=6), ddpm_fast.Schedule.linear(1000)
+    plain, fused = (
+        ddpm_fast.Sampler(
+            net, schedule, steps=8, method=method, variance="learned_range", clip=1.0, chunk=chunk, fused=fused
+        )
+        for fused in (False, True)
+    )
+    assert fused.fused
+    one, other = (sampler.sample(3, (3, 8, 8), seed=0) for sampler in (plain, fused))
+    assert (one - other).abs().max() < 1e-4
+
+
 def test_labels_are_asked_for_where_no_label_means_none() -> None:
     net, (x, t) = make_net(num_class_embeds=4), inputs(2, (3, 8, 8))
     fused = inference.compile(net)
@@ -221,7 +237,6 @@ def _other_heads() -> DDPMUNet:
         (lambda: make_net(center_input_sample=True), "center_input_sample=True, only False"),
         (lambda: make_net(time_embedding_type="fourier"), "time_embedding_type='fourier'"),
         (lambda: make_net(class_embed_type="identity"), "class_embed_type='identity'"),
-        (lambda: make_net(out_channels=6), "6 channels out for 3 in"),
         (_resampling, "down_blocks.0.downsamplers.0, a residual block that resamples"),
         (_hooked, "mid_block.attentions.0.to_v has forward hooks"),
         (_regrouped, "down_blocks.0.resnets.0.norm1 is GroupNorm"),

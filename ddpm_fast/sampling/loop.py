@@ -126,11 +126,12 @@ class Loop:
         self.fed = None if self.feeds_x else torch.zeros(halves, chunk, *shape, dtype=plan.dtype, device=device)
         # A fused plan's own buffers live as long as somebody holds it; a captured step reads and writes them.
         self.held = None if plan.fused is None else plan.fused.prepare(halves * chunk, shape)
-        self.fused_m = (
-            None if plan.fused is None else torch.zeros(halves * chunk, *shape, dtype=torch.float32, device=device)
-        )
+        self.fused_m = None
+        if plan.fused is not None:
+            size = (halves * chunk, plan.fused.out_channels, *shape[1:])
+            self.fused_m = torch.zeros(size, dtype=torch.float32, device=device)
         # Whether the plan's last layer and ddpm_step are one pass, which draws its own noise and knows one m only.
-        plain_step = whole and not layout.noise and plan.thresholding is None and not self.history
+        plain_step = whole and not layout.noise and plan.thresholding is None and not self.history and self.parts == 1
         self.one_pass = plain_step and self.held is not None and self.held.step is not None
         self.labels: list[Tensor] = []
         if layout.label is not None:
@@ -228,7 +229,8 @@ class Loop:
         if self.plan.fused is not None:
             m = self.plan.fused.at_rows(fed, self.row, labels[0] if labels else None, self.fused_m)
         else:
-            m = prediction(self.plan.model(fed, self.t, *labels), fed, self.parts)
+            m = self.plan.model(fed, self.t, *labels)
+        m = prediction(m, fed, self.parts)
         if m.untyped_storage().data_ptr() == fed.untyped_storage().data_ptr():
             m = m.clone()  # the network gave its input back, which ddpm_step is about to write to
         if self.layout.guided:
