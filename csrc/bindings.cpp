@@ -145,6 +145,66 @@ void add_bias_temb_backward(
   launch<AddBiasTembBackwardArgs>(args, device, stream, DDPM_FAST_LAUNCHERS(add_bias_temb_backward));
 }
 
+// What forward and backward pass alike.
+GroupNormSiluArgs group_norm_silu_args(
+    const Shape& shape, int64_t groups, const Array& h, const Array& bias, const Array& temb, const Array& weight,
+    bool weight_per_sample, const Array& beta, bool beta_per_sample, bool silu, Address mean, Address rstd,
+    int64_t parts, Address workspace
+) {
+  GroupNormSiluArgs args;
+  args.shape = shape;
+  args.groups = groups;
+  args.h = h;
+  args.bias = bias;
+  args.temb = temb;
+  args.weight = weight;
+  args.weight_per_sample = weight_per_sample;
+  args.beta = beta;
+  args.beta_per_sample = beta_per_sample;
+  args.silu = silu;
+  args.mean = pointer<float>(mean);
+  args.rstd = pointer<float>(rstd);
+  args.parts = parts;
+  args.workspace = pointer<float>(workspace);
+  return args;
+}
+
+void group_norm_silu(
+    int device, Address stream, int64_t n, int64_t channels, int64_t inner, bool channels_last, int64_t groups,
+    Address h, int h_dtype, Address bias, int bias_dtype, Address temb, int temb_dtype, Address weight,
+    int weight_dtype, bool weight_per_sample, Address beta, int beta_dtype, bool beta_per_sample, bool silu,
+    Address mean, Address rstd, int64_t parts, Address workspace, float eps, Address y
+) {
+  GroupNormSiluArgs args = group_norm_silu_args(
+      shape_of(n, channels, inner, channels_last), groups, array(h, h_dtype), array(bias, bias_dtype),
+      array(temb, temb_dtype), array(weight, weight_dtype), weight_per_sample, array(beta, beta_dtype), beta_per_sample,
+      silu, mean, rstd, parts, workspace
+  );
+  args.eps = eps;
+  args.y = array(y, h_dtype);
+  launch<GroupNormSiluArgs>(args, device, stream, DDPM_FAST_LAUNCHERS(group_norm_silu));
+}
+
+void group_norm_silu_backward(
+    int device, Address stream, int64_t n, int64_t channels, int64_t inner, bool channels_last, int64_t groups,
+    Address h, int h_dtype, Address bias, int bias_dtype, Address temb, int temb_dtype, Address weight,
+    int weight_dtype, bool weight_per_sample, Address beta, int beta_dtype, bool beta_per_sample, bool silu,
+    Address mean, Address rstd, int64_t parts, Address workspace, Address g, int g_dtype, Address g_h, Address g_sum,
+    Address d_weight, Address d_beta
+) {
+  GroupNormSiluArgs args = group_norm_silu_args(
+      shape_of(n, channels, inner, channels_last), groups, array(h, h_dtype), array(bias, bias_dtype),
+      array(temb, temb_dtype), array(weight, weight_dtype), weight_per_sample, array(beta, beta_dtype), beta_per_sample,
+      silu, mean, rstd, parts, workspace
+  );
+  args.g = array(g, g_dtype);
+  args.g_h = array(g_h, h_dtype);
+  args.g_sum = pointer<float>(g_sum);
+  args.d_weight = pointer<float>(d_weight);
+  args.d_beta = pointer<float>(d_beta);
+  launch<GroupNormSiluArgs>(args, device, stream, DDPM_FAST_LAUNCHERS(group_norm_silu_backward));
+}
+
 void ddpm_step(
     int device, Address stream, int64_t n, int64_t channels, int64_t inner, bool channels_last, Address x, Address m,
     int m_dtype, Address m_uncond, int m_uncond_dtype, Address guidance, Address table, Address t_of_row, int64_t steps,
@@ -258,6 +318,8 @@ PYBIND11_MODULE(DDPM_FAST_MODULE_NAME, m) {
   m.def("q_sample_backward", &ddpm_fast::q_sample_backward);
   m.def("add_bias_temb", &ddpm_fast::add_bias_temb);
   m.def("add_bias_temb_backward", &ddpm_fast::add_bias_temb_backward);
+  m.def("group_norm_silu", &ddpm_fast::group_norm_silu);
+  m.def("group_norm_silu_backward", &ddpm_fast::group_norm_silu_backward);
   m.def("ddpm_step", &ddpm_fast::ddpm_step);
   m.def("noise_mse", &ddpm_fast::noise_mse);
   m.def("noise_mse_backward", &ddpm_fast::noise_mse_backward);

@@ -8,7 +8,9 @@
 #include <string>
 
 #include "bindings.h"
+#include "cpu/inference/attention.h"
 #include "cpu/inference/isa.h"
+#include "cpu/inference/norm.h"
 #include "cpu/inference/program.h"
 
 namespace py = pybind11;
@@ -40,58 +42,78 @@ void pack_weights(
   pack(known, kernels, out_channels, in_channels, pointer<float>(weight), pointer<void>(packed), threads);
 }
 
-void add_convolution(
-    Program& program, Kind kind, const std::string& isa, const Sizes& sizes, Place source, Address packed, Address bias,
-    bool silu, int64_t temb_column, Place target, Place pooled
-) {
-  Convolution::Ends ends{source, target, pooled, silu, temb_column};
-  program.add(
-      std::make_unique<Convolution>(kind, kernels_named(isa), sizes, ends, pointer<void>(packed), pointer<float>(bias))
-  );
-}
+Place place(Address data, int64_t stride) { return {pointer<void>(data), stride}; }
 
 void program_conv(
     Program& program, const std::string& kind, const std::string& isa, int64_t n, int64_t h, int64_t w, int64_t in,
     int64_t out, Address source, int64_t source_stride, Address packed, Address bias, bool silu, int64_t temb_column,
-    Address target, int64_t target_stride, Address pooled, int64_t pooled_stride
+    int64_t padding, Address target, int64_t target_stride, Address pooled, int64_t pooled_stride, Address residual,
+    int64_t residual_stride
 ) {
-  add_convolution(
-      program, kind_named(kind), isa, {n, h, w, in, out}, {pointer<void>(source), source_stride}, packed, bias, silu,
-      temb_column, {pointer<void>(target), target_stride}, {pointer<void>(pooled), pooled_stride}
+  const Convolution::Ends ends{
+      place(source, source_stride),
+      place(target, target_stride),
+      place(pooled, pooled_stride),
+      place(residual, residual_stride),
+      silu,
+      temb_column,
+      padding,
+  };
+  program.add(
+      std::make_unique<Convolution>(
+          kind_named(kind), kernels_named(isa), Sizes{n, h, w, in, out}, ends, pointer<void>(packed),
+          pointer<float>(bias)
+      )
   );
 }
 
-void program_first(
-    Program& program, const std::string& isa, int64_t n, int64_t h, int64_t w, int64_t in, int64_t out, Address packed,
-    Address bias, bool silu, int64_t temb_column, Address target, int64_t target_stride, Address pooled,
-    int64_t pooled_stride
-) {
-  add_convolution(
-      program, Kind::first, isa, {n, h, w, in, out}, {}, packed, bias, silu, temb_column,
-      {pointer<void>(target), target_stride}, {pointer<void>(pooled), pooled_stride}
-  );
-}
-
-void program_up(
-    Program& program, const std::string& isa, int64_t n, int64_t h, int64_t w, int64_t in, int64_t out, Address source,
-    int64_t source_stride, Address packed, Address bias, Address target, int64_t target_stride
+void program_pixelwise(
+    Program& program, const std::string& kind, const std::string& isa, int64_t n, int64_t h, int64_t w, int64_t in,
+    int64_t out, Address source, int64_t source_stride, Address packed, Address bias, Address target,
+    int64_t target_stride, Address residual, int64_t residual_stride
 ) {
   program.add(
-      std::make_unique<Upsampling>(
-          kernels_named(isa), Sizes{n, h, w, in, out}, Place{pointer<void>(source), source_stride},
-          Place{pointer<void>(target), target_stride}, pointer<void>(packed), pointer<float>(bias)
+      std::make_unique<Pixelwise>(
+          kind_named(kind), kernels_named(isa), Sizes{n, h, w, in, out}, place(source, source_stride),
+          place(target, target_stride), place(residual, residual_stride), pointer<void>(packed), pointer<float>(bias)
       )
   );
 }
 
 void program_output(
-    Program& program, const std::string& isa, int64_t n, int64_t h, int64_t w, int64_t in, int64_t out, Address source,
-    int64_t source_stride, Address packed, Address bias
+    Program& program, const std::string& kind, const std::string& isa, int64_t n, int64_t h, int64_t w, int64_t in,
+    int64_t out, Address source, int64_t source_stride, Address packed, Address bias
 ) {
   program.add(
       std::make_unique<Output>(
-          kernels_named(isa), Sizes{n, h, w, in, out}, Place{pointer<void>(source), source_stride},
+          kind_named(kind), kernels_named(isa), Sizes{n, h, w, in, out}, place(source, source_stride),
           pointer<void>(packed), pointer<float>(bias)
+      )
+  );
+}
+
+void program_norm(
+    Program& program, const std::string& isa, int64_t n, int64_t h, int64_t w, int64_t channels, int64_t groups,
+    double eps, Address source, int64_t source_stride, Address weight, Address beta, bool silu, int64_t scale_column,
+    int64_t shift_column, Address target, int64_t target_stride
+) {
+  const GroupNorm::Affine affine{pointer<float>(weight), pointer<float>(beta), silu, scale_column, shift_column};
+  program.add(
+      std::make_unique<GroupNorm>(
+          kernels_named(isa), Sizes{n, h, w, channels, channels}, groups, eps,
+          Place{pointer<void>(source), source_stride}, affine, Place{pointer<void>(target), target_stride}
+      )
+  );
+}
+
+void program_attention(
+    Program& program, const std::string& isa, int64_t n, int64_t tokens, int64_t channels, int64_t heads, double scale,
+    Address source, int64_t source_stride, Address target, int64_t target_stride
+) {
+  program.add(
+      std::make_unique<Attention>(
+          kernels_named(isa), Attention::Sizes{n, tokens, channels, heads}, scale,
+          Place{pointer<void>(source), source_stride}, Place{pointer<void>(target), target_stride}
       )
   );
 }
@@ -157,9 +179,10 @@ void bind_inference(py::module_& m) {
   py::class_<Program>(m, "Program")
       .def(py::init<int64_t>())
       .def("conv", &program_conv)
-      .def("first", &program_first)
-      .def("up", &program_up)
+      .def("pixelwise", &program_pixelwise)
       .def("output", &program_output)
+      .def("norm", &program_norm)
+      .def("attention", &program_attention)
       .def("run", &program_run)
       .def("step", &program_step)
       .def("seconds", [](const Program& program) { return program.seconds(); });

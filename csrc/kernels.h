@@ -85,6 +85,27 @@ struct AddBiasTembBackwardArgs {
   float* gh_sum = nullptr;  // [n, channels]: sum of g_h over inner; optional
 };
 
+// group_norm_silu, forward and backward. weight and beta are [channels] or, with *_per_sample, [n, channels].
+struct GroupNormSiluArgs {
+  Shape shape;
+  int64_t groups = 1;   // divides shape.channels
+  Array h, bias, temb;  // bias [channels], temb [n, channels]; both optional
+  Array weight, beta;   // both optional
+  bool weight_per_sample = false, beta_per_sample = false;
+  bool silu = false;
+  float eps = 0.0f;                              // forward
+  Array y;                                       // forward
+  float *mean = nullptr, *rstd = nullptr;        // [n, groups]: written by the forward pass, read by the backward pass
+  Array g;                                       // backward
+  Array g_h;                                     // backward; optional
+  float* g_sum = nullptr;                        // backward, [n, channels]: sum of g_h over inner; optional
+  float *d_weight = nullptr, *d_beta = nullptr;  // backward, [n, channels]: sums of g_u xhat and of g_u
+  int64_t parts = 1;  // CUDA: into how many parts of places a group is cut; more than 1 take several launches
+  // CUDA, parts > 1: [n, groups, parts, 2] floats; backward [n, channels, parts, 3] and [n, groups, 2] behind them.
+  float* workspace = nullptr;
+  int64_t group_channels() const { return shape.channels / groups; }
+};
+
 struct DdpmStepArgs {
   Shape shape;
   float* x = nullptr;  // in place
@@ -128,6 +149,8 @@ Status q_sample_cpu(const QSampleArgs& args, int threads);
 Status q_sample_backward_cpu(const QSampleBackwardArgs& args, int threads);
 Status add_bias_temb_cpu(const AddBiasTembArgs& args, int threads);
 Status add_bias_temb_backward_cpu(const AddBiasTembBackwardArgs& args, int threads);
+Status group_norm_silu_cpu(const GroupNormSiluArgs& args, int threads);
+Status group_norm_silu_backward_cpu(const GroupNormSiluArgs& args, int threads);
 Status ddpm_step_cpu(const DdpmStepArgs& args, int threads);
 Status noise_mse_cpu(const NoiseMseArgs& args, int threads);
 Status noise_mse_backward_cpu(const NoiseMseArgs& args, int threads);
@@ -139,6 +162,8 @@ Status q_sample_cuda(const QSampleArgs& args, int device, void* stream);
 Status q_sample_backward_cuda(const QSampleBackwardArgs& args, int device, void* stream);
 Status add_bias_temb_cuda(const AddBiasTembArgs& args, int device, void* stream);
 Status add_bias_temb_backward_cuda(const AddBiasTembBackwardArgs& args, int device, void* stream);
+Status group_norm_silu_cuda(const GroupNormSiluArgs& args, int device, void* stream);
+Status group_norm_silu_backward_cuda(const GroupNormSiluArgs& args, int device, void* stream);
 Status ddpm_step_cuda(const DdpmStepArgs& args, int device, void* stream);
 Status noise_mse_cuda(const NoiseMseArgs& args, int device, void* stream);
 Status noise_mse_backward_cuda(const NoiseMseArgs& args, int device, void* stream);

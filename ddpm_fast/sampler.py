@@ -54,7 +54,8 @@ class Sampler:
     thresholding: dynamic thresholding in place of clip: True, a ratio, or (ratio, max_value); per sample, x0 is clipped
         to the ratio-quantile of |x0| (within [1, max_value]) and divided by it.
     like: "tutorial", "diffusers", "lucidrains" or "openai": that peer's choices wherever an argument is None. Without
-        it None means DDPM over all T steps (spacing "trailing" for fewer), eps, fixed_large, no clip, eta 0.
+        it None means DDPM over all T steps (spacing "trailing" for fewer, "linspace_open" for method "dpmsolver++"),
+        eps, fixed_large, no clip, eta 0.
     time_scale: "index" tells the model t as it is, "rescaled" t * 1000 / T in float32.
     null_label: the label that means "none" for guidance; default model.null_label.
     shape: the shape of one sample, (C, H, W) or (D,); default from the model where it says so.

@@ -89,7 +89,7 @@ class TestTimeTable:
         network = known.read(make_unet())
         t = torch.tensor([0, 17, 999])
         out = torch.zeros(3, network.time.weight.shape[0])
-        times.embed(network.time, t, out)
+        times.embed(network.time, t, None, out)
         assert relative_error(out, times.table(network.time, t)) < 1e-6
 
     def test_a_label_adds_its_embedding_through_the_same_weights(self) -> None:

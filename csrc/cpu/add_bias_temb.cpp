@@ -14,21 +14,6 @@ constexpr float kNothing = -0.0f;
 
 Shape flat(int64_t elements) { return Shape{1, 1, elements, false}; }
 
-const float* load_flat(const Array& array, int64_t at, int64_t count, Tile& scratch) {
-  return load(array, flat(0), Run{0, at, count}, scratch);
-}
-
-std::vector<float> as_floats(const Array& array, int64_t count) {
-  std::vector<float> out(static_cast<size_t>(count), kNothing);
-  Tile scratch;
-  for (int64_t at = 0; array && at < count; at += kTile) {
-    const int64_t piece = std::min(kTile, count - at);
-    const float* v = load_flat(array, at, piece, scratch);
-    std::copy(v, v + piece, out.begin() + at);
-  }
-  return out;
-}
-
 // Rows with one bias and one temb (contiguous), and rows along which they are vectors (channels_last).
 DDPM_FAST_CLONES void add_row(const float* h, float bias, float temb, float* y, int64_t count) {
   for (int64_t i = 0; i < count; ++i)
@@ -119,8 +104,8 @@ void sum_per_channel(const Shape& shape, int64_t first, const float* in, double*
 
 Status add_bias_temb_cpu(const AddBiasTembArgs& args, int threads) {
   const Shape& shape = args.shape;
-  const std::vector<float> bias = as_floats(args.bias, shape.channels);
-  const std::vector<float> temb = as_floats(args.temb, shape.n * shape.channels);
+  const std::vector<float> bias = as_floats(args.bias, shape.channels, kNothing);
+  const std::vector<float> temb = as_floats(args.temb, shape.n * shape.channels, kNothing);
   const bool short_rows = row_length(shape) < kShortRow;
   const Repeated bias_rows(bias.data(), shape.channels, short_rows && shape.channels_last);
   const int64_t tiles = (shape.elements() + kTile - 1) / kTile;
@@ -165,7 +150,7 @@ Status add_bias_temb_cpu(const AddBiasTembArgs& args, int threads) {
 // One sample is one task: its sums then need no second pass, and a training batch has samples enough.
 Status add_bias_temb_backward_cpu(const AddBiasTembBackwardArgs& args, int threads) {
   const Shape& shape = args.shape;
-  const std::vector<float> bias = as_floats(args.bias, shape.channels);
+  const std::vector<float> bias = as_floats(args.bias, shape.channels, kNothing);
   const int64_t elements = shape.elements();
   const size_t channels = static_cast<size_t>(shape.channels);
   const Repeated bias_rows(bias.data(), shape.channels, args.silu && shape.channels_last);

@@ -159,6 +159,38 @@ void store(const Array& array, const Shape& shape, const Run& run, const float* 
   });
 }
 
+FloatRows load_rows(const Array& array, const Rows& rows, float* scratch) {
+  if (array.dtype == DType::f32) return {static_cast<const float*>(array.data) + rows.at, rows.stride};
+  if (rows.stride == rows.length) {
+    widen(array, rows.at, scratch, rows.count * rows.length, 1);
+  } else {
+    for (int64_t r = 0; r < rows.count; ++r)
+      widen(array, rows.at + r * rows.stride, scratch + r * rows.length, rows.length, 1);
+  }
+  return {scratch, rows.length};
+}
+
+StoreRows begin_store_rows(const Array& array, const Rows& rows, float* scratch) {
+  if (array.dtype == DType::f32) return {static_cast<float*>(array.data) + rows.at, rows.stride};
+  return {scratch, rows.length};
+}
+
+void store_rows(const Array& array, const Rows& rows, const StoreRows& values) {
+  if (array.dtype == DType::f32) return;
+  if (rows.stride == rows.length) {
+    narrow(array, rows.at, values.v, rows.count * rows.length, 1);
+  } else {
+    for (int64_t r = 0; r < rows.count; ++r)
+      narrow(array, rows.at + r * rows.stride, values.v + r * rows.length, rows.length, 1);
+  }
+}
+
+std::vector<float> as_floats(const Array& array, int64_t count, float missing) {
+  std::vector<float> out(static_cast<size_t>(count), missing);
+  if (array) widen(array, 0, out.data(), count, 1);
+  return out;
+}
+
 DDPM_FAST_CLONES double sum_of(const float* a, int64_t count) {
   constexpr int kLanes = 32;
   double lanes[kLanes] = {};

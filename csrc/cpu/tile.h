@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <vector>
 
 #include "../kernels.h"
 #include "parallel.h"
@@ -28,6 +29,28 @@ const float* load(const float* array, const Shape& shape, const Run& run, Tile& 
 // Where to compute a run: in the array itself where that is possible (then store does nothing), else in `scratch`.
 float* begin_store(const Array& array, const Shape& shape, const Run& run, Tile& scratch);
 void store(const Array& array, const Shape& shape, const Run& run, const float* values);
+
+// `count` rows of `length` elements, the first from element `at` on, in memory `stride` elements apart. As
+// floats they are where they lie or, packed, in `scratch`.
+struct Rows {
+  int64_t at, count, length, stride;
+};
+struct FloatRows {
+  const float* v;
+  int64_t stride;
+};
+FloatRows load_rows(const Array& array, const Rows& rows, float* scratch);
+
+// Where to compute rows, as begin_store and store do for runs.
+struct StoreRows {
+  float* v;
+  int64_t stride;
+};
+StoreRows begin_store_rows(const Array& array, const Rows& rows, float* scratch);
+void store_rows(const Array& array, const Rows& rows, const StoreRows& values);
+
+// `count` elements as floats; a missing array is `missing` throughout.
+std::vector<float> as_floats(const Array& array, int64_t count, float missing);
 
 // The noise of a run: the given array, or drawn into `scratch`; offset noise added.
 const float* load_noise(const Noise& noise, const Shape& shape, const Run& run, Tile& scratch);

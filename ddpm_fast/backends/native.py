@@ -14,6 +14,8 @@ from torch import Tensor
 
 from ddpm_fast import noise as spec
 from ddpm_fast.backends.layout import Layout, Staged
+from ddpm_fast.backends.native_norm import group_norm_silu as group_norm_silu
+from ddpm_fast.backends.native_norm import group_norm_silu_backward as group_norm_silu_backward
 
 _C: Any = None
 _import_error: str | None = None

@@ -98,10 +98,11 @@ class Packs:
 class Place:
     """Where a layer works in one plan: n images of h x w pixels, and the static buffers that it reads and writes.
 
-    h, w: of the layer's source; an Up writes 2h x 2w. source, target: views [n, height, width, channels] of channels-
-    last buffers, stride 1 over channels and the BUFFER's channels over pixels, dtype `dtype`. source None: the layer
-    reads frame.x. target None (Output): it writes frame.out. pooled: [n, h/2, w/2, channels], also to be written, or
-    None. columns: of the time table.
+    h, w: of the layer's source; an Up writes 2h x 2w, a Conv that resamples other sizes, too. source, target: views
+    [n, height, width, channels] of channels-last buffers, stride 1 over channels and the BUFFER's channels over pixels,
+    dtype `dtype`. source None: the layer reads frame.x. target None (Output): it writes frame.out. pooled: [n, h/2,
+    w/2, channels], also to be written, or None. columns: of the time table. residual: in the target's shape, to be
+    added, or None.
     """
 
     n: int
@@ -114,6 +115,7 @@ class Place:
     pooled: Tensor | None
     columns: int
     packs: Packs
+    residual: Tensor | None = None
 
 
 Bound = Callable[[Frame], None]

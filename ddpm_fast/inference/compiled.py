@@ -20,7 +20,7 @@ from .module import Modules
 from .network import Network
 from .plan import Plan
 from .planner import make
-from .times import embed, table
+from .times import embed, embeddings, finish, table
 from .watch import Watch
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -69,12 +69,13 @@ class Compiled:
 
     @property
     def num_classes(self) -> int | None:
-        """K of a class-conditional model; label K means "none"."""
-        return self._network.time.null_label
+        """How many labels there are, "none" aside; None for an unconditional model."""
+        classes, null = self._network.time.classes, self._network.time.null_label
+        return classes if classes is None or null is None else classes - 1
 
     @property
     def null_label(self) -> int | None:
-        """The label that means "none"; None for an unconditional model."""
+        """The label that means "none"; None for a model that has none."""
         return self._network.time.null_label
 
     @property
@@ -128,7 +129,7 @@ class Compiled:
             if plan.module is not None:
                 return out.copy_(plan.module(x, timesteps.index_select(0, plan.rows), labels))
             self._load(plan, labels)
-            plan.run(_plain(x), out, table, plan.rows)
+            plan.run(_plain(x), out, *self._at_rows(plan, table))
             return out
 
     def step_at_rows(
@@ -151,7 +152,7 @@ class Compiled:
             assert plan.step is not None
             plan.rows.copy_(rows)
             self._load(plan, labels)
-            plan.run_all_but_last(x, table, plan.rows)
+            plan.run_all_but_last(x, *self._at_rows(plan, table))
             plan.step(x, *steps, rows, rng, bad_row, x0_out)
 
     def whole_step(
@@ -175,11 +176,11 @@ class Compiled:
         self._check(x, labels)
         table, _ = self._check_rows(x, row)
         plan, time = self.plan(x.shape[0], x.shape[2], x.shape[3]), self._network.time
-        if plan.program is None or (labels is not None and labels.dtype != torch.int64):
+        if plan.program is None or (labels is not None and labels.dtype != torch.int64) or time.joint:
             return None
         if labels is None and time.null_label is not None:
             labels = torch.full((x.shape[0],), time.null_label, dtype=torch.int64)
-        call = plan.program.step(x, m, table, time.labels, labels, steps, row, rng, bad_row, x0_out)
+        call = plan.program.step(x, m, table, time.added_labels, labels, steps, row, rng, bad_row, x0_out)
         kept = (plan, table, labels)  # what the call has the addresses of
 
         def step() -> bool:
@@ -233,7 +234,8 @@ class Compiled:
         with self._lock, torch.inference_mode(False), torch.no_grad():
             network = read(self.model)
             old, new = self._network.tensors(), network.tensors()
-            if [(a.shape, a.device) for a in old] != [(b.shape, b.device) for b in new]:
+            same = [(a.shape, a.device) for a in old] == [(b.shape, b.device) for b in new]
+            if not same or network.numbers() != self._network.numbers():
                 self._build()
                 return
             for kept, read_now in zip(old, new, strict=True):
@@ -241,7 +243,7 @@ class Compiled:
             self._packs.refresh()
             self._integers = None
             if self._table is not None and self._timesteps is not None:
-                self._table.copy_(table(self._network.time, self._timesteps))
+                self._table.copy_(self._tabulated(self._timesteps))
             for module in self._modules.values():
                 module.refresh()
             self._watch.note()
@@ -269,7 +271,20 @@ class Compiled:
         if self._timesteps is not None:
             with torch.inference_mode(False), torch.no_grad():
                 self._timesteps = self._timesteps.detach().to(self.device, copy=True)
-                self._table = table(self._network.time, self._timesteps)
+                self._table = self._tabulated(self._timesteps)
+
+    def _tabulated(self, timesteps: Tensor) -> Tensor:
+        """What is known of timesteps beforehand: their temb, or what it is made of together with a label."""
+        time = self._network.time
+        return embeddings(time, timesteps) if time.joint else table(time, timesteps)
+
+    def _at_rows(self, plan: Plan, tabulated: Tensor) -> tuple[Tensor, Tensor]:
+        """A time table, and the rows of it that belong to the images, for `plan.rows` of what was tabulated."""
+        if not self._network.time.joint:
+            return tabulated, plan.rows
+        assert plan.label_rows is not None
+        finish(self._network.time, tabulated.index_select(0, plan.rows), plan.label_rows, plan.own_table)
+        return plan.own_table, plan.own_rows
 
     def _look(self, full: bool) -> None:
         """The model as it is now: in eval mode, and the plans made of its present weights."""
@@ -285,7 +300,7 @@ class Compiled:
 
     def _check(self, x: Tensor, labels: Tensor | None) -> None:
         """As the model's own checks, in its words."""
-        network = self._network
+        time = self._network.time
         self._check_shape(tuple(x.shape))
         if not x.is_floating_point():
             raise ValueError(f"x must be a floating tensor, got {x.dtype}")
@@ -294,15 +309,18 @@ class Compiled:
         if x.requires_grad:
             raise ValueError("x requires a gradient, which a fused plan does not compute; call the model itself")
         if labels is None:
+            if time.classes is not None and time.null_label is None:
+                raise ValueError(f"labels are needed: the model has {time.classes} classes and no label for none")
             return
-        if network.time.null_label is None:
+        if time.classes is None:
             raise ValueError("labels were given to an unconditional UNet; build it with num_classes=K")
         if labels.shape != x.shape[:1]:
             raise ValueError(f"labels must have shape ({x.shape[0]},), got {tuple(labels.shape)}")
         if labels.dtype not in (torch.int64, torch.int32):
             raise ValueError(f"labels must be int64 or int32, got {labels.dtype}")
         if labels.device.type == "cpu":
-            _in_range("labels", labels, network.time.null_label, "no label")
+            last = time.classes - 1
+            _in_range("labels", labels, last, "the last class" if time.null_label is None else "no label")
 
     def _check_shape(self, shape: tuple[int, ...]) -> None:
         channels, m = self._network.in_channels, self._network.divisor
@@ -338,9 +356,9 @@ class Compiled:
             if low >= 0 and high < MOST_TABLED:
                 if self._integers is None or len(self._integers) <= high:
                     integers = torch.arange((high // TABLED + 1) * TABLED)
-                    self._integers = table(self._network.time, integers)
-                return self._integers, plan.rows
-        embed(self._network.time, t, plan.own_table)
+                    self._integers = self._tabulated(integers)
+                return self._at_rows(plan, self._integers)
+        embed(self._network.time, t, plan.label_rows, plan.own_table)
         return plan.own_table, plan.own_rows
 
     def _load(self, plan: Plan, labels: Tensor | None) -> None:

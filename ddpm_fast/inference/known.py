@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..nn import UNet
+from ..nn import DDPMUNet, UNet
+from .ddpm_unet import check_ddpm_unet, ddpm_unet
 from .fold import UnreadableError
 from .network import Network
+from .unaltered import check_untouched
 from .unet import check_unet, unet
 
 Check = Callable[[Any], None]
 Reader = Callable[[Any], Network]
-KNOWN: dict[type, tuple[Check, Reader]] = {UNet: (check_unet, unet)}
+KNOWN: dict[type, tuple[Check, Reader]] = {UNet: (check_unet, unet), DDPMUNet: (check_ddpm_unet, ddpm_unet)}
+
+# Classes of other packages, by name: what makes one of KNOWN of them, imported when such a model comes along.
+CONVERTED = {
+    "diffusers.models.unets.unet_2d.UNet2DModel": ("ddpm_fast.interop._unets", "from_diffusers"),
+    "ddpm_fast.interop._unet2d.UNet2DModel": ("ddpm_fast.interop._unets", "from_diffusers"),
+}
 
 
 def reader_of(model: object) -> Reader:
@@ -23,8 +32,14 @@ def reader_of(model: object) -> Reader:
 
     The class itself is asked for: a subclass may have another forward.
     """
+    name = _name(type(model))
+    if name in CONVERTED:
+        assert isinstance(model, nn.Module)
+        check_untouched(model)
+        reader_of(_converted(model))
+        return lambda other: read(_converted(other))
     if type(model) not in KNOWN:
-        names = ", ".join(f"{known.__module__}.{known.__qualname__}" for known in KNOWN)
+        names = ", ".join([*map(_name, KNOWN), *(name for name in CONVERTED if not name.startswith("ddpm_fast"))])
         raise UnreadableError(
             f"no fused plan is known for {type(model).__name__}; known are exactly: {names}. "
             "Run the model as it is, or torch.compile(model)"
@@ -32,6 +47,20 @@ def reader_of(model: object) -> Reader:
     check, reader = KNOWN[type(model)]
     check(model)
     return reader
+
+
+def _name(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def _converted(model: nn.Module) -> nn.Module:
+    """One of KNOWN with the model's weights."""
+    module, function = CONVERTED[_name(type(model))]
+    try:
+        result: nn.Module = getattr(importlib.import_module(module), function)(model)
+    except ValueError as error:  # blocks or layers that it does not know
+        raise UnreadableError(f"no fused plan covers this {type(model).__name__}: {error}") from None
+    return result
 
 
 def read(model: nn.Module) -> Network:

@@ -4,7 +4,8 @@
     onednn                 the CPU library's convolution with weights laid out beforehand (a private op, tested for)
     im2col                 the nine neighbours of every pixel side by side, times [9 in, out]: small images
     window                 2x2 images, 4 in -> 4 out as one dense matrix: no products with padding, 16/36 of the work
-    gemm                   ConvTranspose2d(2, stride 2) as [pixels, in] x [in, 4 out]; the last 1x1 layer in float32
+    gemm                   ConvTranspose2d(2, stride 2) as [pixels, in] x [in, 4 out]; 1x1 layers; the last in float32
+    group_norm, attention  our op of that name; scaled_dot_product_attention
 
 Views here are [n, h, w, c]; `_nchw` gives operators their (n, c, h, w).
 """
@@ -14,6 +15,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +23,9 @@ from torch import Tensor
 
 from .. import ops
 from .candidate import Bound, Candidate, Frame, Place
-from .network import Conv, Layer, Output, Up
+from .network import Attention, Conv, Layer, Linear, Norm, Output, Up
+
+Weighted = Conv | Up | Linear | Output
 
 IM2COL_PIXELS = 16  # above, the ninefold copy costs more than the convolution loses
 
@@ -41,10 +45,19 @@ def candidates(
     layer: Layer, n: int, h: int, w: int, dtype: torch.dtype, device: torch.device
 ) -> list[Candidate]:  # every module of implementations has this signature
     """What can serve this layer, the safest first. h, w: of its source."""
-    if isinstance(layer, Up):
-        return [Library("conv_transpose2d", _transposed), Library("gemm", _up_gemm)]
-    if isinstance(layer, Output):
-        return [Library("gemm", _output_gemm)]
+    match layer:
+        case Up():
+            return [Library("conv_transpose2d", _transposed), Library("gemm", _up_gemm)]
+        case Linear():
+            return [Library("gemm", _linear)]
+        case Norm():
+            return [Library("group_norm_silu", _norm)]
+        case Attention():
+            return [Library("attention", _attention)]
+        case Output():
+            return [Library("gemm", _output_gemm) if layer.weight.shape[-1] == 1 else Library("conv2d", _output_conv)]
+        case Conv(resample="up" | "down"):
+            return [Library("conv2d", _conv2d)]
     # The same library's convolution either way: the public one has nothing to win where the other works.
     fused = device.type == "cpu" and onednn_works(dtype)
     result = [Library("onednn", _onednn) if fused else Library("conv2d", _conv2d)]
@@ -98,30 +111,47 @@ def _source(layer: Layer, place: Place) -> Callable[[Frame], Tensor]:
     return lambda frame: source
 
 
-def _packed(layer: Layer, place: Place, key: str, form: Callable[[Tensor], Tensor]) -> Tensor:
+def _packed(layer: Weighted, place: Place, key: str, form: Callable[[Tensor], Tensor]) -> Tensor:
     """form(weight) in the plan's dtype, kept. What is kept holds on to the layer and not to the place, which goes."""
     dtype = place.dtype
     return place.packs.get(layer, (key, dtype), lambda: form(layer.weight).to(dtype, copy=True))
 
 
-def _weight(layer: Layer, place: Place) -> Tensor:
+def stride_of(layer: Conv) -> int:
+    """Of the convolution."""
+    return 2 if layer.resample == "down" else 1
+
+
+def resampled(x: Tensor, layer: Conv) -> Tensor:
+    """What `layer` convolves, with its padding, of x (n, c, h, w)."""
+    if layer.resample == "up":
+        return F.interpolate(x, scale_factor=2.0, mode="nearest")
+    return F.pad(x, (0, 1, 0, 1)) if layer.resample == "down" and not layer.padding else x
+
+
+def _weight(layer: Weighted, place: Place) -> Tensor:
     return _packed(layer, place, "weight", lambda w: w.contiguous(memory_format=torch.channels_last))
 
 
-def _bias(layer: Layer, place: Place) -> Tensor:
+def _bias(layer: Weighted, place: Place) -> Tensor:
     dtype = place.dtype
     return place.packs.get(layer, ("bias", dtype), lambda: layer.bias.to(dtype, copy=True))
 
 
 def _finish(layer: Conv, place: Place) -> Callable[[Tensor, Frame], None]:
-    """What stores act(y + bias) + temb for a y (n, c, h, w), and the maximum of each 2x2 where it is wanted."""
+    """What stores act(y + bias) + temb + residual for a y (n, c, h, w), and where it is wanted each 2x2's maximum."""
     assert place.target is not None
     target, act = _nchw(place.target), "silu" if layer.silu else None
     pooled = None if place.pooled is None else _nchw(place.pooled)
+    residual = None if place.residual is None else _nchw(place.residual)
 
     def finish(y: Tensor, frame: Frame) -> None:
         temb = None if layer.temb is None else frame.temb(layer.temb, layer.bias.shape[0])
-        target.copy_(ops.add_bias_temb(y, layer.bias, temb, act=act))  # type: ignore[arg-type]
+        y = ops.add_bias_temb(y, layer.bias, temb, act=act)  # type: ignore[arg-type]
+        if residual is None:
+            target.copy_(y)
+        else:
+            torch.add(y, residual, out=target)
         if pooled is not None:
             pooled.copy_(F.max_pool2d(target, 2))
 
@@ -133,7 +163,8 @@ def _conv2d(layer: Layer, place: Place) -> Bound:
     source, weight, finish = _source(layer, place), _weight(layer, place), _finish(layer, place)
 
     def run(frame: Frame) -> None:
-        finish(F.conv2d(source(frame), weight, padding=1), frame)
+        x = resampled(source(frame), layer)
+        finish(F.conv2d(x, weight, stride=stride_of(layer), padding=layer.padding), frame)
 
     return run
 
@@ -144,6 +175,7 @@ def _onednn(layer: Layer, place: Place) -> Bound:
     conv, target = layer, _nchw(place.target)
     source, bias = _source(layer, place), _bias(layer, place)
     pooled = None if place.pooled is None else _nchw(place.pooled)
+    residual = None if place.residual is None else _nchw(place.residual)
     dtype, size = place.dtype, (place.n, layer.weight.shape[1], place.h, place.w)
     key = ("onednn", dtype, size)
 
@@ -154,10 +186,11 @@ def _onednn(layer: Layer, place: Place) -> Bound:
 
     def run(frame: Frame) -> None:
         y = _swish(source(frame), place.packs.get(layer, key, packed), bias, conv.silu)
-        if conv.temb is None:
-            target.copy_(y)
-        else:
-            torch.add(y, frame.temb(conv.temb, y.shape[1])[:, :, None, None].to(y.dtype), out=target)
+        if conv.temb is not None:
+            y += frame.temb(conv.temb, y.shape[1])[:, :, None, None].to(y.dtype)
+        if residual is not None:
+            y += residual
+        target.copy_(y)
         if pooled is not None:
             pooled.copy_(F.max_pool2d(target, 2))
 
@@ -215,6 +248,7 @@ def _window(layer: Layer, place: Place) -> Bound:
 
 
 def _transposed(layer: Layer, place: Place) -> Bound:
+    assert isinstance(layer, Up)
     assert place.target is not None
     source, target = _source(layer, place), _nchw(place.target)
     weight, bias = _weight(layer, place), _bias(layer, place)
@@ -226,6 +260,7 @@ def _transposed(layer: Layer, place: Place) -> Bound:
 
 
 def _up_gemm(layer: Layer, place: Place) -> Bound:
+    assert isinstance(layer, Up)
     source, target = place.source, place.target
     assert source is not None
     assert target is not None
@@ -243,7 +278,78 @@ def _up_gemm(layer: Layer, place: Place) -> Bound:
     return run
 
 
+def _linear(layer: Layer, place: Place) -> Bound:
+    assert isinstance(layer, Linear)
+    source, target, residual = place.source, place.target, place.residual
+    assert source is not None
+    assert target is not None
+    c = source.shape[3]
+    weight, bias = _packed(layer, place, "linear", lambda w: w.T), _bias(layer, place)
+
+    def run(frame: Frame) -> None:
+        y = torch.addmm(bias, source.reshape(-1, c), weight).view(target.shape)
+        if residual is None:
+            target.copy_(y)
+        else:
+            torch.add(y, residual, out=target)
+
+    return run
+
+
+def _norm(layer: Layer, place: Place) -> Bound:
+    assert isinstance(layer, Norm)
+    assert place.target is not None
+    norm, source, target = layer, _source(layer, place), _nchw(place.target)
+    act: Literal["silu"] | None = "silu" if layer.silu else None
+
+    def run(frame: Frame) -> None:
+        scale = shift = None
+        if norm.modulation is not None:
+            scale, shift = frame.temb(norm.modulation, 2 * len(norm.weight)).chunk(2, dim=1)
+        target.copy_(
+            ops.group_norm_silu(
+                source(frame), norm.groups, norm.weight, norm.bias, scale=scale, shift=shift, eps=norm.eps, act=act
+            )
+        )
+
+    return run
+
+
+def _attention(layer: Layer, place: Place) -> Bound:
+    assert isinstance(layer, Attention)
+    source, target, attention = place.source, place.target, layer
+    assert source is not None
+    assert target is not None
+    n, h, w, c = target.shape
+
+    def run(frame: Frame) -> None:
+        # [n, pixels, 3, heads, c / heads] -> three of [n, heads, pixels, c / heads]
+        q, k, v = source.reshape(n, h * w, 3, attention.heads, -1).permute(2, 0, 3, 1, 4)
+        y = F.scaled_dot_product_attention(q, k, v, scale=attention.scale)
+        target.copy_(y.transpose(1, 2).reshape(n, h, w, c))
+
+    return run
+
+
+def _output_conv(layer: Layer, place: Place) -> Bound:
+    assert isinstance(layer, Output)
+    assert place.source is not None
+    source, output = _nchw(place.source), layer
+    weight = _packed_float(layer, place)
+
+    def run(frame: Frame) -> None:
+        frame.out.copy_(F.conv2d(source.float(), weight, output.bias, padding=1))
+
+    return run
+
+
+def _packed_float(layer: Output, place: Place) -> Tensor:
+    """The last layer's weight in float32, channels last."""
+    return place.packs.get(layer, "float weight", lambda: layer.weight.to(memory_format=torch.channels_last, copy=True))
+
+
 def _output_gemm(layer: Layer, place: Place) -> Bound:
+    assert isinstance(layer, Output)
     source = place.source
     assert source is not None
     out, c = layer.weight.shape[:2]

@@ -29,15 +29,16 @@ class Module:
                     self._copy = self._copy.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
             model = self._copy
         memory = torch.contiguous_format if self.dtype == torch.float32 else torch.channels_last
-        y: Tensor = model(x.to(self.dtype, memory_format=memory), t, labels)
-        return y
+        y = model(x.to(self.dtype, memory_format=memory), t, labels)
+        sample: Tensor = y if isinstance(y, Tensor) else y.sample  # what diffusers' models return has it there
+        return sample
 
     def refresh(self) -> None:
         """Brings the copy, where there is one, up to date, in place."""
         if self._copy is not None:
             self._copy.load_state_dict(self._model.state_dict())
 
-    def beats(self, plan: Callable[[], None], x: Tensor) -> float | None:
+    def beats(self, plan: Callable[[], None], x: Tensor, labels: Tensor | None = None) -> float | None:
         """The seconds of a call where it is faster than the plan, both run in turn; else None."""
         t = torch.zeros(x.shape[0], dtype=torch.int64, device=x.device)
 
@@ -49,7 +50,7 @@ class Module:
             return time.perf_counter() - start
 
         def module() -> None:
-            self(x, t, None)
+            self(x, t, labels)
 
         ours = min(seconds(plan), seconds(plan))
         if seconds(module) > COMPARISONS * ours:  # its first run, a cold one, yet far behind

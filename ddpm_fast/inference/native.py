@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..backends import native as extension
 from .candidate import Candidate, Frame, Place, pixel_stride
-from .network import Conv, Layer, Output, Up
+from .network import Attention, Conv, Layer, Linear, Norm, Output, Up
 
 ISA_VARIABLE = "DDPM_FAST_CPU_ISA"
 STORED = {torch.bfloat16: "bf16", torch.float32: "f32"}
@@ -61,23 +61,33 @@ class Native:
 
 def candidates(layer: Layer, n: int, h: int, w: int, dtype: torch.dtype, device: torch.device) -> list[Candidate]:
     """What can serve this layer here, in the order in which `deterministic` takes them. h, w: of its source."""
-    if device.type != "cpu":
+    if device.type != "cpu" or any(count % MULTIPLE for count in _own_channels(layer)):
         return []
-    channels = {layer.weight.shape[0], layer.weight.shape[1]}
-    if isinstance(layer, Conv):
-        kinds = ["first"] if layer.source is None else list(KINDS)
-        if layer.source is None:
-            channels = {layer.weight.shape[0]}
-        kinds = [kind for kind in kinds if ONLY_AT.get(kind, (h, w)) == (h, w)]
-        if layer.pooled is not None and (h % 2 or w % 2):
-            return []
-    elif isinstance(layer, Up):
-        kinds = ["up"]
-    else:
-        kinds, channels = ["output"], {layer.weight.shape[1]}
-    if any(count % MULTIPLE for count in channels):
-        return []
+    kinds = _kinds(layer, h, w)
     return [Native(kind, isa) for isa in isas(dtype)[: TRIED_ISAS.get(STORED.get(dtype, ""), 0)] for kind in kinds]
+
+
+def _own_channels(layer: Layer) -> tuple[int, ...]:
+    """All channel counts of a layer but the image's."""
+    ends = (layer.source, None if isinstance(layer, Output) else layer.target)
+    return tuple(end.channels for end in ends if end is not None)
+
+
+def _kinds(layer: Layer, h: int, w: int) -> list[str]:
+    match layer:
+        case Conv(resample="up"):
+            return ["doubled"]
+        case Conv(resample="down"):
+            return ["strided"] if layer.padding or min(h, w) > 1 else []
+        case Conv():
+            if layer.pooled is not None and (h % 2 or w % 2):
+                return []
+            kinds = ["first"] if layer.source is None else list(KINDS)
+            return [kind for kind in kinds if ONLY_AT.get(kind, (h, w)) == (h, w)]
+        case Output():
+            return ["output" if layer.weight.shape[-1] == 1 else "output3x3"]
+        case _:
+            return [type(layer).__name__.lower()]
 
 
 class NativeLayer:
@@ -85,27 +95,37 @@ class NativeLayer:
 
     def __init__(self, kind: str, isa: str, layer: Layer, place: Place) -> None:
         self.kind, self.isa, self.layer, self.place = kind, isa, layer, place
-        self.packed = place.packs.get(layer, (kind, isa), functools.partial(_pack, kind, isa, layer))
+        self.packed: Tensor | None = None
+        if not isinstance(layer, (Norm, Attention)):
+            self.packed = place.packs.get(layer, (kind, isa), functools.partial(_pack, kind, isa, layer))
         self._own: Run | None = None
 
     def add(self, program: Any) -> None:
         """Appends this layer to a `_C.Program`."""
         layer, place = self.layer, self.place
+        size = (place.n, place.h, place.w)
+        source, target, residual = _where(place.source), _where(place.target), _where(place.residual)
+        if isinstance(layer, Attention):
+            channels = (layer.target.channels, layer.heads, layer.scale)
+            program.attention(self.isa, place.n, place.h * place.w, *channels, *source, *target)
+            return
+        if isinstance(layer, Norm):
+            scale = -1 if layer.modulation is None else layer.modulation
+            shift = -1 if layer.modulation is None else layer.modulation + layer.target.channels
+            weights = (layer.weight.data_ptr(), layer.bias.data_ptr())
+            channels = (layer.target.channels, layer.groups, layer.eps)
+            program.norm(self.isa, *size, *channels, *source, *weights, layer.silu, scale, shift, *target)
+            return
+        assert self.packed is not None
         out, c = _channels(layer)
-        size = (place.n, place.h, place.w, c, out)
-        weights = (self.packed.data_ptr(), layer.bias.data_ptr())
-        source, target, pooled = _where(place.source), _where(place.target), _where(place.pooled)
+        what = (self.kind, self.isa, *size, c, out, *source, self.packed.data_ptr(), layer.bias.data_ptr())
         if isinstance(layer, Conv):
             temb = -1 if layer.temb is None else layer.temb
-            if layer.source is None:
-                program.first(self.isa, *size, *weights, layer.silu, temb, *target, *pooled)
-            else:
-                program.conv(self.kind, self.isa, *size, *source, *weights, layer.silu, temb, *target, *pooled)
-        elif isinstance(layer, Up):
-            program.up(self.isa, *size, *source, *weights, *target)
+            program.conv(*what, layer.silu, temb, layer.padding, *target, *_where(place.pooled), *residual)
+        elif isinstance(layer, (Up, Linear)):
+            program.pixelwise(*what, *target, *residual)
         else:
-            assert isinstance(layer, Output)
-            program.output(self.isa, *size, *source, *weights)
+            program.output(*what)
 
     def __call__(self, frame: Frame) -> None:
         if self._own is None:
@@ -113,13 +133,13 @@ class NativeLayer:
         self._own(frame)
 
 
-def _channels(layer: Layer) -> tuple[int, int]:
+def _channels(layer: Conv | Up | Linear | Output) -> tuple[int, int]:
     """(out, in); a transposed convolution keeps its weight the other way round."""
     first, second = layer.weight.shape[:2]
     return (second, first) if isinstance(layer, Up) else (first, second)
 
 
-def _pack(kind: str, isa: str, layer: Layer) -> Tensor:
+def _pack(kind: str, isa: str, layer: Conv | Up | Linear | Output) -> Tensor:
     """The layer's weights as that kind of layer reads them. Holds on to nothing but the layer: it outlives plans."""
     out, c = _channels(layer)
     packed = torch.zeros(extension._C.packed_bytes(kind, isa, out, c), dtype=torch.uint8)

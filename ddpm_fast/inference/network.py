@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Literal
 
 from torch import Tensor
 
@@ -31,12 +32,20 @@ class Slice:
     channels: int
 
 
+def whole(name: str, channels: int, level: int) -> Slice:
+    """All of a buffer."""
+    return Slice(Buffer(name, channels, level), 0, channels)
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Conv:
-    """y = act(conv2d(x, weight, padding=1) + bias) + temb[n, c]; 3x3, stride 1; act: identity or SiLU.
+    """y = act(conv2d(x, weight, padding=1) + bias) + temb[n, c] + residual; 3x3; act: identity or SiLU.
 
     weight [out, in, 3, 3], bias [out]. source: where x lies, None for the image itself (float32 NCHW). temb: the first
-    of `out` columns of the time table, None for no time embedding. pooled: also gets the 2x2 maximum of y.
+    of `out` columns of the time table, None for no time embedding. pooled: also gets the 2x2 maximum of y, only where
+    there is no residual. A target shares no channel with what a layer reads, here as everywhere.
+    resample: "up" convolves the image with every pixel doubled in both directions; "down" has stride 2 and, where
+    `padding` is 0, pads at the far ends only.
     """
 
     name: str
@@ -47,6 +56,9 @@ class Conv:
     silu: bool = True
     temb: int | None = None
     pooled: Slice | None = None
+    residual: Slice | None = None
+    resample: Literal["none", "up", "down"] = "none"
+    padding: int = 1
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -61,8 +73,52 @@ class Up:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
+class Linear:
+    """y = weight x + bias + residual at every pixel (a 1x1 convolution): weight [out, in], bias [out]."""
+
+    name: str
+    weight: Tensor
+    bias: Tensor
+    source: Slice
+    target: Slice
+    residual: Slice | None = None
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Norm:
+    """y = act(GroupNorm(x) (1 + scale[n, c]) + shift[n, c]), with the norm's own weight [c] and bias [c].
+
+    modulation: the first of 2c columns of the time table, [scale | shift]; None for neither.
+    """
+
+    name: str
+    weight: Tensor
+    bias: Tensor
+    source: Slice
+    target: Slice
+    groups: int
+    eps: float
+    silu: bool = True
+    modulation: int | None = None
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Attention:
+    """y = softmax(q k^T scale) v over the pixels of an image, `heads` times side by side.
+
+    source: 3c channels [q | k | v], target: c, both cut into heads.
+    """
+
+    name: str
+    source: Slice
+    target: Slice
+    heads: int
+    scale: float
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class Output:
-    """m = conv2d(x, weight) + bias; 1x1 kernel: weight [out, in, 1, 1]; m is float32 (N, out, H, W), contiguous."""
+    """m = conv2d(x, weight) + bias; 1x1 or 3x3 kernel (padding 1): weight [out, in, k, k]; m is float32 NCHW."""
 
     name: str
     weight: Tensor
@@ -70,16 +126,25 @@ class Output:
     source: Slice
 
 
-Layer = Conv | Up | Output
+Layer = Conv | Up | Linear | Norm | Attention | Output
+
+
+def tensors_of(layer: Layer) -> tuple[Tensor, ...]:
+    """A layer's own weights."""
+    return () if isinstance(layer, Attention) else (layer.weight, layer.bias)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TimeTable:
-    """The time embedding of every block at once, all blocks side by side: temb = features(t) @ weight.T + bias.
+    """The time embedding of every block at once, all blocks side by side.
 
-    weight [columns, time_dim], bias [columns]; labels [classes, columns], what a class adds (its embedding times the
-    same weight), or None. null_label: the class that an image without a label has. features: t (N,) -> float32
-    (N, time_dim), without parameters.
+        e = features(t), or with an mlp (w1, b1, w2, b2): e = w2 SiLU(w1 features(t) + b1) + b2
+        temb = e @ weight.T + bias, or with an mlp: SiLU(e + labels[label]) @ weight.T + bias
+
+    weight [columns, time_dim], bias [columns]. features: t (N,) -> float32 (N, features), without parameters.
+    labels: what a class adds, or None. Without an mlp [classes, columns], to temb (its embedding times the same
+    weight); with one [classes, time_dim], to e. null_label: the class that an image without a label has; None where
+    every image needs one.
     """
 
     weight: Tensor
@@ -87,6 +152,22 @@ class TimeTable:
     features: Callable[[Tensor], Tensor]
     labels: Tensor | None = None
     null_label: int | None = None
+    mlp: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
+
+    @property
+    def added_labels(self) -> Tensor | None:
+        """[classes, columns], what is added to temb; None where there is no such table."""
+        return None if self.mlp is not None else self.labels
+
+    @property
+    def joint(self) -> bool:
+        """Whether temb is no sum of what t and what a label makes of it."""
+        return self.mlp is not None and self.labels is not None
+
+    @property
+    def classes(self) -> int | None:
+        """How many labels there are; None for an unconditional network."""
+        return None if self.labels is None else len(self.labels)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -104,6 +185,10 @@ class Network:
 
     def tensors(self) -> list[Tensor]:
         """Every tensor, in an order that another reading of the same architecture repeats."""
-        result = [tensor for layer in self.layers for tensor in (layer.weight, layer.bias)]
-        result += [self.time.weight, self.time.bias]
+        result = [tensor for layer in self.layers for tensor in tensors_of(layer)]
+        result += [self.time.weight, self.time.bias, *(self.time.mlp or ())]
         return result if self.time.labels is None else [*result, self.time.labels]
+
+    def numbers(self) -> list[float]:
+        """What a reading holds besides tensors that may change while the architecture stays: the norms' eps."""
+        return [layer.eps for layer in self.layers if isinstance(layer, Norm)]

@@ -9,7 +9,8 @@ from . import library, native
 from .candidate import Bound, Candidate, Frame, PackName, Packs, Place
 from .ending import Step, gpu
 from .module import Module
-from .network import Conv, Layer, Network, Output, Slice, Up
+from .network import Attention, Conv, Layer, Linear, Network, Norm, Output, Slice, tensors_of
+from .times import embed
 from .trial import Ranking
 
 DIRECT_PIXELS = 64  # fewer than this in a batch and Winograd's larger weights cost more than its fewer products save
@@ -48,20 +49,22 @@ def places(
         source = view(layer.source)
         target = None if isinstance(layer, Output) else view(layer.target)
         pooled = view(layer.pooled) if isinstance(layer, Conv) else None
+        residual = view(layer.residual) if isinstance(layer, (Conv, Linear)) else None
         size = (h, w) if source is None else (source.shape[1], source.shape[2])
-        result.append(Place(n, *size, dtype, device, source, target, pooled, columns, packs))
+        result.append(Place(n, *size, dtype, device, source, target, pooled, columns, packs, residual))
     return result
 
 
 def frame_for(network: Network, n: int, h: int, w: int, device: torch.device) -> Frame:
-    """Normal images at timesteps spread over 0..999, without labels: what a trial runs on."""
+    """Normal images at timesteps spread over 0..999, with the null label or the first: what a trial runs on."""
     x = torch.randn(n, network.in_channels, h, w, generator=torch.Generator().manual_seed(0)).to(device)
     t = torch.linspace(0, 999, n, device=device).round()
     time = network.time
-    temb = torch.addmm(time.bias, time.features(t).float(), time.weight.T)
     rows = torch.arange(n, device=device)
-    labels = None if time.null_label is None else torch.full_like(rows, time.null_label)
-    return Frame(x, torch.zeros_like(x), temb, rows, time.labels, labels)
+    labels = None if time.labels is None else torch.full_like(rows, time.null_label or 0)
+    temb = torch.zeros(n, len(time.weight), device=device)
+    embed(time, t, labels, temb)
+    return Frame(x, torch.zeros_like(x), temb, rows, time.added_labels, labels)
 
 
 class Plan:
@@ -91,14 +94,14 @@ class Plan:
         self.rows = torch.zeros(n, dtype=torch.int64, device=device)
         self.own_table = torch.zeros(n, columns, device=device)
         self.own_rows = torch.arange(n, device=device)
-        null = network.time.null_label
-        self.label_rows = None if null is None else torch.full_like(self.rows, null)
+        time = network.time
+        self.label_rows = None if time.labels is None else torch.full_like(self.rows, time.null_label or 0)
         self._bounds = joined(bounds)
         self._separate, self._before_last = bounds, list[Bound]()
 
     def run(self, x: Tensor, out: Tensor, time_table: Tensor, time_rows: Tensor) -> None:
         """x, out: float32 (n, C, h, w) contiguous, not the same memory."""
-        frame = Frame(x, out, time_table, time_rows, self.network.time.labels, self.label_rows)
+        frame = Frame(x, out, time_table, time_rows, self.network.time.added_labels, self.label_rows)
         for bound in self._bounds:
             bound(frame)
 
@@ -106,7 +109,7 @@ class Plan:
         """What comes before `step`, which does the rest."""
         if not self._before_last:
             self._before_last = joined(self._separate[:-1])
-        frame = Frame(x, x, time_table, time_rows, self.network.time.labels, self.label_rows)
+        frame = Frame(x, x, time_table, time_rows, self.network.time.added_labels, self.label_rows)
         for bound in self._before_last:
             bound(frame)
 
@@ -152,9 +155,14 @@ def joined(bounds: list[Bound]) -> list[Bound]:
 
 def signature(layer: Layer, place: Place) -> tuple[object, ...]:
     """What a layer's speed depends on, besides the machine."""
-    strides = tuple(None if view is None else view.stride(2) for view in (place.source, place.target, place.pooled))
+    views = (place.source, place.target, place.pooled, place.residual)
+    strides = tuple(None if view is None else view.stride(2) for view in views)
     extra: tuple[object, ...] = ()
     if isinstance(layer, Conv):
-        extra = (layer.silu, layer.temb is not None)
-    kind = "up" if isinstance(layer, Up) else type(layer).__name__.lower()
-    return (kind, tuple(layer.weight.shape), *extra, place.n, place.h, place.w, *strides)
+        extra = (layer.silu, layer.temb is not None, layer.resample, layer.padding)
+    elif isinstance(layer, Norm):
+        extra = (layer.groups, layer.silu, layer.modulation is not None)
+    elif isinstance(layer, Attention):
+        extra = (layer.source.channels, layer.heads)
+    shapes = tuple(tuple(tensor.shape) for tensor in tensors_of(layer)[:1])
+    return (type(layer).__name__.lower(), shapes, *extra, place.n, place.h, place.w, *strides)

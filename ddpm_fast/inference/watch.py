@@ -31,7 +31,7 @@ class Watch:
             self._slots += [(part._modules, name, child) for name, child in part._modules.items()]
             self._slots += [(part._parameters, name, tensor) for name, tensor in part._parameters.items()]
             self._slots += [(part._buffers, name, tensor) for name, tensor in part._buffers.items()]
-        self._norms = [(part, part.eps) for part in self._parts if isinstance(part, nn.BatchNorm2d)]
+        self._norms = [(part, part.eps) for part in self._parts if isinstance(part, (nn.BatchNorm2d, nn.GroupNorm))]
         every = list({id(value): value for _, _, value in self._slots if isinstance(value, Tensor)}.values())
         self._tensors = [tensor for tensor in every if tensor.is_floating_point()]
         # BatchNorm's batch counters among them: in training mode its statistics change uncounted, but they do not.

@@ -17,8 +17,9 @@ from torch import Tensor
 from ddpm_fast.noise import STREAM_TRAIN_NOISE, make_rng
 from ddpm_fast.ops import _checks as check
 from ddpm_fast.ops import _schema as _schema  # declares the ops
+from ddpm_fast.ops._group_norm import group_norm_silu
 
-__all__ = ["add_bias_temb", "ddpm_step", "noise_mse", "normal", "q_sample", "random_bits"]
+__all__ = ["add_bias_temb", "ddpm_step", "group_norm_silu", "noise_mse", "normal", "q_sample", "random_bits"]
 
 # Bound once: looking an op up costs a tenth of a small call.
 _normal = torch.ops.ddpm_fast.normal.default
@@ -313,23 +314,9 @@ def ddpm_step(
     m_uncond = m_uncond.detach() if m_uncond is not None and m_uncond.requires_grad else m_uncond
     logvar = logvar.detach() if logvar is not None and logvar.requires_grad else logvar
     _ddpm_step(
-        x,
-        m,
-        table,
-        t_of_row,
-        row,
-        rng,
-        noise,
-        m_uncond,
-        guidance,
-        x0_prev,
-        logvar,
-        logvar_range,
-        threshold,
-        x0_out,
-        copy_out,
-        bad_row,
-    )
+        x, m, table, t_of_row, row, rng, noise, m_uncond, guidance, x0_prev, logvar, logvar_range, threshold, x0_out,
+        copy_out, bad_row,
+    )  # fmt: skip
     return x
 
 

@@ -1,4 +1,4 @@
-"""Gradients of the ops that are trained through: q_sample, add_bias_temb and noise_mse."""
+"""Gradients of the ops that are trained through: q_sample, add_bias_temb, group_norm_silu and noise_mse."""
 
 from __future__ import annotations
 
@@ -58,6 +58,42 @@ def _add_bias_temb_backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
     return g if identity else g_h, g_bias, g_temb, None
 
 
+def _group_norm_silu_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    *tensors, num_groups, _eps, act = inputs
+    _, mean, rstd = output
+    ctx.save_for_backward(*tensors, mean, rstd)
+    ctx.rest = (num_groups, act)
+    ctx.mark_non_differentiable(mean, rstd)
+    ctx.set_materialize_grads(False)
+
+
+def _group_norm_silu_backward(ctx: Any, g: Tensor | None, *_: None) -> tuple[Any, ...]:
+    h, bias, temb, weight, beta, mean, rstd = ctx.saved_tensors
+    given = (h, bias, temb, weight, beta)
+    need_h, need_bias, need_temb, need_weight, need_beta = (
+        value is not None and needed for value, needed in zip(given, ctx.needs_input_grad[:5], strict=True)
+    )
+    if g is None or not any((need_h, need_bias, need_temb, need_weight, need_beta)):
+        return (None,) * 8
+    needed = (need_h, need_bias or need_temb, need_weight, need_beta)
+    g_h, g_sum, d_weight, d_beta = _ops.group_norm_silu_backward.default(
+        g, h, bias, temb, weight, beta, mean, rstd, *ctx.rest, *needed
+    )
+
+    def like(sums: Tensor, value: Tensor) -> Tensor:
+        """[N, C] sums as the gradient of ``value`` [C] or [N, C]."""
+        return (sums.sum(0) if value.dim() == 1 else sums).to(value.dtype)
+
+    return (
+        g_h if need_h else None,
+        like(g_sum, bias) if need_bias else None,
+        like(g_sum, temb) if need_temb else None,
+        like(d_weight, weight) if need_weight else None,
+        like(d_beta, beta) if need_beta else None,
+        *(None,) * 3,
+    )
+
+
 def _noise_mse_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs[:6])
     ctx.rest = inputs[6:]
@@ -73,6 +109,7 @@ def register(library: torch.library.Library) -> None:
     for name, backward, context in (
         ("q_sample", _q_sample_backward, _q_sample_context),
         ("add_bias_temb", _add_bias_temb_backward, _add_bias_temb_context),
+        ("group_norm_silu", _group_norm_silu_backward, _group_norm_silu_context),
         ("noise_mse", _noise_mse_backward, _noise_mse_context),
     ):
         torch.library.register_autograd(f"ddpm_fast::{name}", backward, setup_context=context, lib=library)

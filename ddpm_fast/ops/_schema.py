@@ -32,6 +32,15 @@ SCHEMAS = {
         "(Tensor g, Tensor? h, Tensor? bias, str act, bool need_h, bool need_bias, bool need_temb) "
         "-> (Tensor g_h, Tensor gh_sum, Tensor g_sum)"
     ),
+    "group_norm_silu": (
+        "(Tensor h, Tensor? bias, Tensor? temb, Tensor? weight, Tensor? beta, int num_groups, float eps, str act) "
+        "-> (Tensor y, Tensor mean, Tensor rstd)"
+    ),
+    "group_norm_silu_backward": (
+        "(Tensor g, Tensor h, Tensor? bias, Tensor? temb, Tensor? weight, Tensor? beta, Tensor mean, Tensor rstd, "
+        "int num_groups, str act, bool need_h, bool need_sum, bool need_weight, bool need_beta) "
+        "-> (Tensor g_h, Tensor g_sum, Tensor d_weight, Tensor d_beta)"
+    ),
     "ddpm_step": (
         "(Tensor(a!) x, Tensor m, Tensor table, Tensor t_of_row, Tensor row, Tensor? rng, Tensor? noise, "
         "Tensor? m_uncond, Tensor? guidance, Tensor? x0_prev, Tensor? logvar, Tensor? logvar_range, Tensor? threshold, "
@@ -113,6 +122,28 @@ def _fake_add_bias_temb_backward(
     )
 
 
+def _fake_group_norm_silu(
+    h: Tensor,
+    bias: Tensor | None,
+    temb: Tensor | None,
+    weight: Tensor | None,
+    beta: Tensor | None,
+    num_groups: int,
+    eps: float,
+    act: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = torch.float64 if h.dtype == torch.float64 else torch.float32
+    mean, rstd = (h.new_empty((h.shape[0], num_groups), dtype=dtype) for _ in range(2))
+    return torch.empty_like(h), mean, rstd
+
+
+def _fake_group_norm_silu_backward(g: Tensor, h: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    need_h, *need_sums = rest[-4:]
+    dtype = torch.float64 if h.dtype == torch.float64 else torch.float32
+    sums = (g.new_empty(h.shape[:2], dtype=dtype) if needed else _nothing(g) for needed in need_sums)
+    return (torch.empty_like(h) if need_h else _nothing(g), *sums)
+
+
 def _fake_ddpm_step(x: Tensor, m: Tensor, *rest: Any) -> None:
     return None
 
@@ -132,6 +163,8 @@ FAKES: dict[str, Callable[..., Any]] = {
     "q_sample_backward": _fake_q_sample_backward,
     "add_bias_temb": _fake_add_bias_temb,
     "add_bias_temb_backward": _fake_add_bias_temb_backward,
+    "group_norm_silu": _fake_group_norm_silu,
+    "group_norm_silu_backward": _fake_group_norm_silu_backward,
     "ddpm_step": _fake_ddpm_step,
     "noise_mse": _fake_noise_mse,
     "noise_mse_backward": _fake_noise_mse_backward,

@@ -16,7 +16,7 @@ from torch import Tensor
 from .. import ops
 from ..inference import Compiled
 from ..noise import STREAM_X_T, make_rng
-from ..tables.steps import StepTable
+from ..tables.steps import COLUMNS, StepTable
 from .model import Model, prediction
 from .thresholding import dynamic_threshold
 
@@ -109,6 +109,8 @@ class Loop:
         # What the next row reads as x0_prev is what this one writes as x0: one buffer, in place.
         self.history = plan.steps.needs_history
         self.x0 = torch.zeros_like(self.x) if layout.x0 or self.history else None
+        # A method that never adds noise runs a kernel that has none of it.
+        self.draws = not layout.noise and bool(plan.steps.coefficients[:, COLUMNS.index("s")].any())
         self.guidance = torch.ones(1, dtype=torch.float32, device=device) if layout.guided else None
         self.t = torch.zeros(halves * chunk, dtype=plan.t_model.dtype, device=device)
 
@@ -196,7 +198,7 @@ class Loop:
             plan.steps.table,
             plan.steps.t_of_row,
             self.row,
-            self.rng if self.noise is None else None,
+            self.rng if self.draws else None,
             noise=self.noise,
             m_uncond=uncond,
             guidance=self.guidance,

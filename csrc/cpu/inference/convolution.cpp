@@ -20,7 +20,14 @@ int64_t up_to(int64_t value, int64_t multiple) { return (value + multiple - 1) /
 int64_t divided_up(int64_t value, int64_t by) { return (value + by - 1) / by; }
 
 // Rows of the matrix product that one window makes.
-int64_t rows_of_window(Kind kind) { return kind == Kind::direct || kind == Kind::first ? 4 : 1; }
+int64_t rows_of_window(Kind kind) {
+  return kind == Kind::direct || kind == Kind::strided || kind == Kind::first ? 4 : 1;
+}
+
+// Pixels of the target along one side.
+int64_t out_size(Kind kind, int64_t size, int64_t padding) {
+  return kind == Kind::doubled ? 2 * size : kind == Kind::strided ? (size + padding) / 2 : size;
+}
 
 // Elements from one position to the next. A line more than needed: at a multiple of 4 KiB all positions of a window
 // would fall into the same few sets of the cache.
@@ -28,9 +35,9 @@ int64_t spread(int64_t elements, int64_t bytes) { return elements + kLine / byte
 
 }  // namespace
 
-Layer::Layer(Kind kind, const Kernels& kernels, const Sizes& sizes, const void* packed, const float* bias)
-    : kind_(kind), kernels_(kernels), sizes_(sizes), packing_(kind, kernels, sizes.out, sizes.in), packed_(packed),
-      bias_(bias), bytes_(kernels.half ? 2 : 4) {
+Product::Product(Kind kind, const Kernels& kernels, const Sizes& sizes, const void* packed, const float* bias)
+    : Layer(kernels), kind_(kind), sizes_(sizes), packing_(kind, kernels, sizes.out, sizes.in), packed_(packed),
+      bias_(bias) {
   if (sizes.n < 1 || sizes.h < 1 || sizes.w < 1)
     throw std::invalid_argument(
         "n, h and w must be at least 1, got " + std::to_string(sizes.n) + ", " + std::to_string(sizes.h) + ", " +
@@ -38,7 +45,7 @@ Layer::Layer(Kind kind, const Kernels& kernels, const Sizes& sizes, const void* 
     );
 }
 
-const void* Layer::weights(const Group& group, int64_t position) const {
+const void* Product::weights(const Group& group, int64_t position) const {
   const int64_t at = group.offset + position * packing_.position_elements(group);
   return static_cast<const char*>(packed_) + at * (packing_.half ? 2 : 4);
 }
@@ -46,16 +53,23 @@ const void* Layer::weights(const Group& group, int64_t position) const {
 Convolution::Convolution(
     Kind kind, const Kernels& kernels, const Sizes& sizes, const Ends& ends, const void* packed, const float* bias
 )
-    : Layer(kind, kernels, sizes, packed, bias), ends_(ends), rows_((sizes.h + 1) / 2), columns_((sizes.w + 1) / 2),
+    : Product(kind, kernels, sizes, packed, bias), ends_(ends),
+      transformed_(kind == Kind::winograd || kind == Kind::window || kind == Kind::doubled),
+      pointers_(kind == Kind::direct || kind == Kind::strided), out_h_(out_size(kind, sizes.h, ends.padding)),
+      out_w_(out_size(kind, sizes.w, ends.padding)), rows_((out_h_ + 1) / 2), columns_((out_w_ + 1) / 2),
       total_(sizes.n * rows_ * columns_),
       most_(
-          kind == Kind::winograd || kind == Kind::window
+          transformed_
               ? std::clamp<int64_t>(kTransformedBytes / (packing_.positions * sizes.in * bytes_), 12, kMostWindows)
               : kMostWindows / 4
       ),
       zeros_(static_cast<size_t>(sizes.in * 4)) {
-  if (kind == Kind::up || kind == Kind::output)
-    throw std::invalid_argument("a 3x3 convolution is of kind winograd, window, point, direct or first");
+  if (kind == Kind::up || kind == Kind::linear || kind == Kind::output || kind == Kind::output3x3)
+    throw std::invalid_argument(
+        "a 3x3 convolution is of kind winograd, window, point, direct, strided, doubled or first"
+    );
+  if (kind == Kind::strided && (out_h_ < 1 || out_w_ < 1))
+    throw std::invalid_argument("kind strided without padding needs images of at least 2x2 pixels");
   if (kind == Kind::window && (sizes.h != 2 || sizes.w != 2))
     throw std::invalid_argument(
         "kind window is for images of 2x2 pixels, got " + std::to_string(sizes.h) + "x" + std::to_string(sizes.w)
@@ -64,9 +78,9 @@ Convolution::Convolution(
     throw std::invalid_argument(
         "kind point is for images of one pixel, got " + std::to_string(sizes.h) + "x" + std::to_string(sizes.w)
     );
-  if (ends.pooled.data != nullptr && (sizes.h % 2 || sizes.w % 2))
+  if (ends.pooled.data != nullptr && (out_h_ % 2 || out_w_ % 2))
     throw std::invalid_argument(
-        "pooling needs an even height and width, got " + std::to_string(sizes.h) + "x" + std::to_string(sizes.w)
+        "pooling needs an even height and width, got " + std::to_string(out_h_) + "x" + std::to_string(out_w_)
     );
 }
 
@@ -103,16 +117,14 @@ int64_t Convolution::cut(int threads) {
 // Layout of the scratch memory: the gathered or transformed input, then the products of one group.
 int64_t Convolution::scratch_bytes() const {
   const int64_t m = most_ * rows_of_window(kind_);
-  const int64_t positions = kind_ == Kind::winograd || kind_ == Kind::window ? packing_.positions : 1;
+  const int64_t positions = transformed_ ? packing_.positions : 1;
   return up_to(gathered_bytes(most_), kAlign) + positions * spread(m * kGroupPanels * kPanel, 4) * 4;
 }
 
 int64_t Convolution::gathered_bytes(int64_t windows) const {
-  switch (kind_) {
-  case Kind::direct: return 9 * 4 * windows * static_cast<int64_t>(sizeof(void*));
-  case Kind::first: return 4 * windows * packing_.k * 4;
-  default: return packing_.positions * spread(windows * sizes_.in, bytes_) * bytes_;
-  }
+  if (pointers_) return 9 * 4 * windows * static_cast<int64_t>(sizeof(void*));
+  if (kind_ == Kind::first) return 4 * windows * packing_.k * 4;
+  return packing_.positions * spread(windows * sizes_.in, bytes_) * bytes_;
 }
 
 const char* Convolution::pixel(int64_t n, int64_t y, int64_t x) const {
@@ -128,11 +140,19 @@ void Convolution::gather(int64_t first, int64_t count, char* gathered) const {
     const int64_t n = (first + i) / (rows_ * columns_), window = (first + i) % (rows_ * columns_);
     const int64_t y = window / columns_ * 2, x = window % columns_ * 2;
     int64_t together = 1;
-    if (kind_ == Kind::direct) {
+    if (pointers_) {
+      const int64_t step = kind_ == Kind::strided ? 2 : 1;
       const void** rows = reinterpret_cast<const void**>(gathered) + 4 * i;
       for (int64_t tap = 0; tap < 9; ++tap, rows += 4 * count)
         for (int64_t q = 0; q < 4; ++q)
-          rows[q] = pixel(n, y + q / 2 + tap / 3 - 1, x + q % 2 + tap % 3 - 1);
+          rows[q] =
+              pixel(n, step * (y + q / 2) + tap / 3 - ends_.padding, step * (x + q % 2) + tap % 3 - ends_.padding);
+    } else if (kind_ == Kind::doubled) {
+      together = std::min(count - i, columns_ - x / 2);
+      const int64_t line = together + 2;
+      for (int64_t q = 0; q < 3 * line; ++q)
+        pixels[q] = pixel(n, y / 2 + q / line - 1, x / 2 + q % line - 1);
+      kernels_.doubled_in(pixels, together, sizes_.in, gathered + i * sizes_.in * bytes_, stride);
     } else if (kind_ == Kind::winograd) {
       together = std::min(count - i, columns_ - x / 2);
       const int64_t line = 2 * together + 2;
@@ -173,10 +193,12 @@ void Convolution::finish(const Run& run, int64_t first, int64_t count, const Gro
   f.panels = group.panels;
   f.bias = bias_ + channel;
   f.silu = ends_.silu;
-  const auto run_it = kind_ == Kind::winograd ? kernels_.winograd_finish
-                      : kind_ == Kind::window ? kernels_.window_finish
-                                              : kernels_.direct_finish;
+  const auto run_it = kind_ == Kind::winograd  ? kernels_.winograd_finish
+                      : kind_ == Kind::window  ? kernels_.window_finish
+                      : kind_ == Kind::doubled ? kernels_.doubled_finish
+                                               : kernels_.direct_finish;
   char* target = static_cast<char*>(ends_.target.data);
+  const char* residual = static_cast<const char*>(ends_.residual.data);
   char* pooled = static_cast<char*>(ends_.pooled.data);
   for (int64_t i = 0; i < count; ++i) {
     const int64_t n = (first + i) / (rows_ * columns_), window = (first + i) % (rows_ * columns_);
@@ -189,8 +211,10 @@ void Convolution::finish(const Run& run, int64_t first, int64_t count, const Gro
     }
     for (int64_t q = 0; q < 4; ++q) {
       const int64_t row = y + q / 2, column = x + q % 2;
-      const int64_t at = ((n * sizes_.h + row) * sizes_.w + column) * ends_.target.stride + channel;
-      f.out[q] = row < sizes_.h && column < sizes_.w ? target + at * bytes_ : nullptr;
+      const int64_t at = (n * out_h_ + row) * out_w_ + column;
+      const bool inside = row < out_h_ && column < out_w_;
+      f.out[q] = inside ? target + (at * ends_.target.stride + channel) * bytes_ : nullptr;
+      if (residual != nullptr && inside) f.residual[q] = residual + (at * ends_.residual.stride + channel) * bytes_;
     }
     if (pooled != nullptr) f.pooled = pooled + ((first + i) * ends_.pooled.stride + channel) * bytes_;
     run_it(f);
@@ -216,17 +240,17 @@ void Convolution::work(int64_t item, const Run& run, char* scratch) const {
   } else {
     gather(first, count, gathered);
   }
-  if (kind_ == Kind::direct) {
+  if (pointers_) {
     g.rows = reinterpret_cast<const void* const*>(gathered);
     g.segments = 9;
   }
   const auto multiply = kind_ == Kind::first ? float_kernels(kernels_).gemm : kernels_.gemm;
-  const int64_t positions = kind_ == Kind::winograd || kind_ == Kind::window ? packing_.positions : 1;
+  const int64_t positions = transformed_ ? packing_.positions : 1;
   const int64_t last = groups * (split + 1) / splits_;
   for (int64_t i = groups * split / splits_; i < last; ++i) {
     const Group& group = packing_.groups[static_cast<size_t>(i)];
     g.panels = group.panels;
-    const int64_t bytes = packing_.position_elements(group) * (packing_.half ? 2 : 4) * (kind_ == Kind::direct ? 9 : 1);
+    const int64_t bytes = packing_.position_elements(group) * (packing_.half ? 2 : 4) * (pointers_ ? 9 : 1);
     for (int64_t position = 0; position < positions; ++position) {
       g.a = kind_ == Kind::point ? pixel(first, 0, 0) : gathered + position * spread(m * sizes_.in, bytes_) * bytes_;
       g.b = weights(group, position);

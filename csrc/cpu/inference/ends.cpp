@@ -1,4 +1,4 @@
-// Transposed convolutions and the output layer.
+// Pixelwise products and the output layer.
 #include <algorithm>
 #include <stdexcept>
 
@@ -15,26 +15,31 @@ int64_t divided_up(int64_t value, int64_t by) { return (value + by - 1) / by; }
 
 }  // namespace
 
-Upsampling::Upsampling(
-    const Kernels& kernels, const Sizes& sizes, Place source, Place target, const void* packed, const float* bias
+Pixelwise::Pixelwise(
+    Kind kind, const Kernels& kernels, const Sizes& sizes, Place source, Place target, Place residual,
+    const void* packed, const float* bias
 )
-    : Layer(Kind::up, kernels, sizes, packed, bias), source_(source), target_(target),
-      blocks_(divided_up(sizes.n * sizes.h * sizes.w, kPixels)) {}
+    : Product(kind, kernels, sizes, packed, bias), source_(source), target_(target), residual_(residual),
+      blocks_(divided_up(sizes.n * sizes.h * sizes.w, kPixels)) {
+  if (kind != Kind::up && kind != Kind::linear)
+    throw std::invalid_argument("a pixelwise layer is of kind up or linear");
+}
 
-int64_t Upsampling::cut(int threads) {
+int64_t Pixelwise::cut(int threads) {
   const int64_t wanted = threads > 1 ? divided_up(threads * kItemsPerThread, blocks_) : 1;
   splits_ = std::clamp<int64_t>(wanted, 1, static_cast<int64_t>(packing_.groups.size()));
   return blocks_ * splits_;
 }
 
-int64_t Upsampling::scratch_bytes() const { return kPixels * kGroupPanels * kPanel * 4; }
+int64_t Pixelwise::scratch_bytes() const { return kPixels * kGroupPanels * kPanel * 4; }
 
-void Upsampling::work(int64_t item, const Run&, char* scratch) const {
+void Pixelwise::work(int64_t item, const Run&, char* scratch) const {
   const int64_t total = sizes_.n * sizes_.h * sizes_.w;
   const int64_t block = item % blocks_, split = item / blocks_;
   const int64_t first = block * kPixels, m = std::min(kPixels, total - first);
   const int64_t groups = static_cast<int64_t>(packing_.groups.size()), last = groups * (split + 1) / splits_;
   void* out[kPixels];
+  const void* residual[kPixels];
   Gemm g;
   g.a = static_cast<const char*>(source_.data) + first * source_.stride * bytes_;
   g.a_stride = source_.stride;
@@ -49,43 +54,82 @@ void Upsampling::work(int64_t item, const Run&, char* scratch) const {
     g.next = i + 1 < last ? weights(packing_.groups[static_cast<size_t>(i + 1)]) : nullptr;
     g.next_bytes = i + 1 < last ? packing_.position_elements(group) * bytes_ : 0;
     kernels_.gemm(g);
+    const auto store = [&](int64_t panel, int64_t panels, int64_t channel) {
+      kernels_.store_rows(
+          g.c + panel * kPanel, width, m, panels, bias_ + channel, residual_.data == nullptr ? nullptr : residual, out
+      );
+    };
+    if (kind_ == Kind::linear) {
+      const int64_t channel = group.first_panel * kPanel;
+      for (int64_t j = 0; j < m; ++j) {
+        out[j] = static_cast<char*>(target_.data) + ((first + j) * target_.stride + channel) * bytes_;
+        if (residual_.data != nullptr)
+          residual[j] = static_cast<const char*>(residual_.data) + ((first + j) * residual_.stride + channel) * bytes_;
+      }
+      store(0, group.panels, channel);
+      continue;
+    }
     for (int64_t panel = 0; panel < group.panels;) {  // runs of panels that belong to one of the four pixels
       const int64_t column = (group.first_panel + panel) * kPanel;
       const int64_t q = column / sizes_.out, channel = column % sizes_.out;
-      const int64_t run = std::min(group.panels - panel, (sizes_.out - channel) / kPanel);
+      const int64_t panels = std::min(group.panels - panel, (sizes_.out - channel) / kPanel);
       for (int64_t j = 0; j < m; ++j) {
         const int64_t at = first + j, x = at % sizes_.w, y = at / sizes_.w % sizes_.h, n = at / sizes_.w / sizes_.h;
         const int64_t pixel = (n * 2 * sizes_.h + 2 * y + q / 2) * 2 * sizes_.w + 2 * x + q % 2;
         out[j] = static_cast<char*>(target_.data) + (pixel * target_.stride + channel) * bytes_;
       }
-      kernels_.store_rows(g.c + panel * kPanel, width, m, run, bias_ + channel, out);
-      panel += run;
+      store(panel, panels, channel);
+      panel += panels;
     }
   }
 }
 
-Output::Output(const Kernels& kernels, const Sizes& sizes, Place source, const void* packed, const float* bias)
-    : Layer(Kind::output, kernels, sizes, packed, bias), source_(source), float_kernels_(float_kernels(kernels)),
-      blocks_(divided_up(sizes.n * sizes.h * sizes.w, kPixels)) {}
+Output::Output(
+    Kind kind, const Kernels& kernels, const Sizes& sizes, Place source, const void* packed, const float* bias
+)
+    : Product(kind, kernels, sizes, packed, bias), source_(source), float_kernels_(float_kernels(kernels)),
+      margin_(kind == Kind::output3x3 ? sizes.w + 1 : 0), blocks_(divided_up(sizes.n * sizes.h * sizes.w, kPixels)),
+      zeros_(static_cast<size_t>(sizes.in)) {
+  if (kind != Kind::output && kind != Kind::output3x3)
+    throw std::invalid_argument("an output layer is of kind output or output3x3");
+}
 
 int64_t Output::cut(int) { return blocks_; }
 
-int64_t Output::scratch_bytes() const { return kPixels * (sizes_.in + kGroupPanels * kPanel) * 4; }
+int64_t Output::scratch_bytes() const {
+  return ((kPixels + 2 * margin_) * sizes_.in + kPixels * kGroupPanels * kPanel) * 4 +
+         9 * kPixels * static_cast<int64_t>(sizeof(void*));
+}
 
 void Output::work(int64_t item, const Run& run, char* scratch) const {
-  const int64_t plane = sizes_.h * sizes_.w, total = sizes_.n * plane;
+  const int64_t h = sizes_.h, w = sizes_.w, plane = h * w, total = sizes_.n * plane;
   const int64_t first = item * kPixels, m = std::min(kPixels, total - first);
-  float* rows = reinterpret_cast<float*>(scratch);
-  for (int64_t j = 0; j < m; ++j)
+  const int64_t from = std::max<int64_t>(first - margin_, 0), to = std::min(first + m + margin_, total);
+  const void** rows = reinterpret_cast<const void**>(scratch);
+  float* pixels = reinterpret_cast<float*>(scratch + 9 * kPixels * static_cast<int64_t>(sizeof(void*)));
+  for (int64_t at = from; at < to; ++at)
     kernels_.to_float(
-        static_cast<const char*>(source_.data) + (first + j) * source_.stride * bytes_, sizes_.in, rows + j * sizes_.in
+        static_cast<const char*>(source_.data) + at * source_.stride * bytes_, sizes_.in,
+        pixels + (at - from) * sizes_.in
     );
   Gemm g;
-  g.a = rows;
+  g.a = pixels;
   g.a_stride = sizes_.in;
   g.m = m;
   g.k = sizes_.in;
-  g.c = rows + kPixels * sizes_.in;
+  g.c = pixels + (kPixels + 2 * margin_) * sizes_.in;
+  if (kind_ == Kind::output3x3) {
+    g.rows = rows;
+    g.segments = 9;
+    for (int64_t j = 0; j < m; ++j) {
+      const int64_t at = first + j, y = at % plane / w, x = at % w;
+      for (int64_t tap = 0; tap < 9; ++tap) {
+        const int64_t dy = tap / 3 - 1, dx = tap % 3 - 1;
+        const bool inside = y + dy >= 0 && y + dy < h && x + dx >= 0 && x + dx < w;
+        rows[tap * m + j] = inside ? pixels + (at + dy * w + dx - from) * sizes_.in : zeros_.data();
+      }
+    }
+  }
   for (const Group& group : packing_.groups) {
     const int64_t width = group.panels * kPanel, channel = group.first_panel * kPanel;
     g.panels = group.panels;

@@ -3,7 +3,9 @@
 #define DDPM_FAST_HALF 0
 #include "vector.h"
 // vector.h first
+#include "attend.h"
 #include "gemm_f32.h"
+#include "normalise.h"
 #include "table.h"
 #include "transforms.h"
 

@@ -38,8 +38,57 @@ struct Finish {
   const float* temb = nullptr;   // added after the activation; optional
   const float* label = nullptr;  // added to temb; optional
   bool silu = false;
-  void* out[4] = {};       // pixels (0,0) (0,1) (1,0) (1,1) of the window; null: outside of the image
+  void* out[4] = {};  // pixels (0,0) (0,1) (1,0) (1,1) of the window; null: outside of the image
+  // Activations to be added at the very end, to those pixels; may be where they go. [0] null: none.
+  const void* residual[4] = {};
   void* pooled = nullptr;  // where their maximum goes; optional
+};
+
+// Sums over pixels of x - shift and of its square, for every channel of `panels` panels.
+struct Moments {
+  const void* source = nullptr;
+  int64_t stride = 0;  // elements from pixel to pixel
+  int64_t pixels = 0, panels = 0;
+  const float* shift = nullptr;
+  float* sum = nullptr;
+  float* square = nullptr;
+};
+
+// y = act(scale (x - shift) + offset), channel by channel; y may be x.
+struct Normalise {
+  const void* source = nullptr;
+  void* target = nullptr;
+  int64_t source_stride = 0, target_stride = 0;
+  int64_t pixels = 0, panels = 0;
+  const float* shift = nullptr;
+  const float* scale = nullptr;
+  const float* offset = nullptr;
+  bool silu = false;
+};
+
+// Rows in memory as the b of a Gemm: b[k, j] is source[j][k] (pack_columns) or source[k][j] (pack_rows), and zero where
+// the source has no such row or element.
+struct Operand {
+  const void* source = nullptr;
+  int64_t stride = 0;        // elements from row to row
+  int64_t count = 0;         // rows
+  int64_t length = 0;        // elements of a row
+  int64_t k = 0, width = 0;  // of b: a multiple of k_multiple, a multiple of 16
+  void* b = nullptr;
+};
+
+// weights[i, j] = e^(scale (scores[i, j] - most[i])) for m rows, where most is the row's largest score so far; sum gets
+// the row's sum of them added after being multiplied, as everything summed so far has to be, by factor.
+struct Softmax {
+  float* scores = nullptr;  // [m][64] for 64 columns after the other, the last of them filled up to 16; overwritten
+  int64_t m = 0, columns = 0;
+  float scale = 0;
+  float* most = nullptr;    // [m], before the first columns the lowest float
+  float* sum = nullptr;     // [m], before the first columns 0
+  float* factor = nullptr;  // [m]
+  void* weights = nullptr;  // activations; zeros from `columns` to k, which is a multiple of k_multiple
+  int64_t stride = 0;       // elements from row to row; a multiple of 16 not below columns
+  int64_t k = 0;
 };
 
 struct Kernels {
@@ -55,13 +104,31 @@ struct Kernels {
   // of 2x2. Pixels: 4 lines of 2 * count + 2, of which each window reads 4x4; or the image's four.
   void (*winograd_in)(const void* const* pixels, int64_t count, int64_t channels, void* v, int64_t stride);
   void (*window_in)(const void* const* pixels, int64_t channels, void* v, int64_t stride);
+  // The 9 positions of `count` pixels side by side that are to be doubled before a convolution; 3 lines of count + 2.
+  void (*doubled_in)(const void* const* pixels, int64_t count, int64_t channels, void* v, int64_t stride);
   // What undoes them, and for `direct` the four sums as they are; then bias, activation, time embedding, stores.
   void (*winograd_finish)(const Finish&);
   void (*window_finish)(const Finish&);
+  void (*doubled_finish)(const Finish&);
   void (*direct_finish)(const Finish&);
-  // out[i][j] = c[i, j] + bias[j] for m rows of c, `panels` panels of each, rows `c_stride` floats apart.
-  void (*store_rows)(const float* c, int64_t c_stride, int64_t m, int64_t panels, const float* bias, void* const* out);
+  // out[i][j] = c[i, j] + bias[j] + residual[i][j] for m rows of c, `panels` panels of each, rows `c_stride` floats
+  // apart. residual: null for none; it may be out.
+  void (*store_rows)(
+      const float* c, int64_t c_stride, int64_t m, int64_t panels, const float* bias, const void* const* residual,
+      void* const* out
+  );
   void (*to_float)(const void* source, int64_t count, float* target);
+  void (*moments)(const Moments&);
+  void (*normalise)(const Normalise&);
+  void (*pack_columns)(const Operand&);
+  void (*pack_rows)(const Operand&);
+  void (*softmax)(const Softmax&);
+  // sums[i, j] = sums[i, j] factor[i] + more[i, j] for m rows of width floats.
+  void (*rescale_add)(float* sums, const float* more, const float* factor, int64_t m, int64_t width);
+  // out[i][j] = sums[i, j] / divisor[i] for m rows and the first `columns` of their width; out's rows are stride apart.
+  void (*store_divided)(
+      const float* sums, int64_t width, int64_t m, int64_t columns, const float* divisor, void* out, int64_t stride
+  );
 };
 
 // Null where the compiler could not build it.

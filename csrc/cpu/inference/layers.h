@@ -34,7 +34,7 @@ struct Sizes {
 
 class Layer {
  public:
-  Layer(Kind kind, const Kernels& kernels, const Sizes& sizes, const void* packed, const float* bias);
+  explicit Layer(const Kernels& kernels) : kernels_(kernels), bytes_(kernels.half ? 2 : 4) {}
   virtual ~Layer() = default;
   // Cuts the layer for so many threads and returns the number of items.
   virtual int64_t cut(int threads) = 0;
@@ -43,25 +43,36 @@ class Layer {
   const Kernels& kernels() const { return kernels_; }
 
  protected:
+  const Kernels& kernels_;
+  const int64_t bytes_;  // of one activation
+};
+
+// A layer that multiplies by packed weights.
+class Product : public Layer {
+ protected:
+  Product(Kind kind, const Kernels& kernels, const Sizes& sizes, const void* packed, const float* bias);
   const void* weights(const Group& group, int64_t position = 0) const;
 
   const Kind kind_;
-  const Kernels& kernels_;
   const Sizes sizes_;
   const Packing packing_;
   const void* const packed_;
   const float* const bias_;
-  const int64_t bytes_;  // of one activation
 };
 
-// 3x3 convolution, padding 1, by 2x2 windows of output pixels: winograd, window (images of 2x2), point (images of one
-// pixel, which meets the middle tap only), direct, or first (which reads run.x).
-class Convolution : public Layer {
+// 3x3 convolution by 2x2 windows of output pixels, with padding 1: winograd, window (images of 2x2), point (images of
+// one pixel, which meets the middle tap only), direct, or first (which reads run.x). doubled: of the image with every
+// pixel doubled in both directions. strided: with stride 2, padding 1 all around or, with padding 0, at the far ends
+// only.
+class Convolution : public Product {
  public:
   struct Ends {
-    Place source, target, pooled;  // pooled.data null: no pooling
+    Place source, target;
+    Place pooled;    // data null: no pooling
+    Place residual;  // added to the target; data null: nothing
     bool silu = false;
     int64_t temb_column = -1;  // negative: no time embedding
+    int64_t padding = 1;
   };
   Convolution(
       Kind kind, const Kernels& kernels, const Sizes& sizes, const Ends& ends, const void* packed, const float* bias
@@ -79,6 +90,9 @@ class Convolution : public Layer {
   const char* pixel(int64_t n, int64_t y, int64_t x) const;
 
   const Ends ends_;
+  const bool transformed_;                // winograd, window, doubled: a product per position
+  const bool pointers_;                   // direct, strided: rows of the source itself, nine segments
+  const int64_t out_h_, out_w_;           // pixels of the target
   const int64_t rows_, columns_, total_;  // windows of an image, and of all
   const int64_t most_;                    // windows of a block at the most
   std::vector<char> zeros_;               // a pixel outside of the image
@@ -86,26 +100,28 @@ class Convolution : public Layer {
   int64_t splits_ = 1;                    // parts of the output channels
 };
 
-// Transposed 2x2 convolution with stride 2: one matrix product, each input pixel gives four output pixels.
-class Upsampling : public Layer {
+// Products of pixels as they are. up: transposed 2x2 convolution with stride 2, each input pixel gives four output
+// pixels. linear: 1x1 convolution, residual (optional, may be the target) added.
+class Pixelwise : public Product {
  public:
-  Upsampling(
-      const Kernels& kernels, const Sizes& sizes, Place source, Place target, const void* packed, const float* bias
+  Pixelwise(
+      Kind kind, const Kernels& kernels, const Sizes& sizes, Place source, Place target, Place residual,
+      const void* packed, const float* bias
   );
   int64_t cut(int threads) override;
   void work(int64_t item, const Run& run, char* scratch) const override;
   int64_t scratch_bytes() const override;
 
  private:
-  const Place source_, target_;
+  const Place source_, target_, residual_;
   const int64_t blocks_;
   int64_t splits_ = 1;
 };
 
-// 1x1 convolution to the image, float32 (n, out, h, w) at run.out.
-class Output : public Layer {
+// 1x1 or 3x3 convolution to the image, in float32: (n, out, h, w) at run.out.
+class Output : public Product {
  public:
-  Output(const Kernels& kernels, const Sizes& sizes, Place source, const void* packed, const float* bias);
+  Output(Kind kind, const Kernels& kernels, const Sizes& sizes, Place source, const void* packed, const float* bias);
   int64_t cut(int threads) override;
   void work(int64_t item, const Run& run, char* scratch) const override;
   int64_t scratch_bytes() const override;
@@ -113,7 +129,9 @@ class Output : public Layer {
  private:
   const Place source_;
   const Kernels& float_kernels_;
+  const int64_t margin_;  // pixels before and after a block that it reads, too
   const int64_t blocks_;
+  const std::vector<float> zeros_;  // a pixel outside of the image
 };
 
 }  // namespace ddpm_fast::inference

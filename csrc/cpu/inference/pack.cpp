@@ -33,6 +33,7 @@ void transformed(const double (&matrix)[rows][3], const float* w, double* t) {
 
 constexpr double kWinogradTaps[4][3] = {{1, 0, 0}, {0.5, 0.5, 0.5}, {0.5, -0.5, 0.5}, {0, 0, 1}};
 constexpr double kWindowTaps[3][3] = {{0, 1, 0}, {0, -1, 1}, {1, -1, 0}};
+constexpr double kDoubledTaps[3][3] = {{1, 0, 0}, {1, 1, 1}, {0, 0, 1}};
 
 // The weights of input channel (or k) `k` and column `column` at every position.
 void weights_at(
@@ -41,13 +42,17 @@ void weights_at(
   switch (kind) {
   case Kind::winograd: return transformed(kWinogradTaps, weight + (column * in_channels + k) * 9, t);
   case Kind::window: return transformed(kWindowTaps, weight + (column * in_channels + k) * 9, t);
+  case Kind::doubled: return transformed(kDoubledTaps, weight + (column * in_channels + k) * 9, t);
   case Kind::direct:
+  case Kind::strided:
+  case Kind::output3x3:
     for (int tap = 0; tap < 9; ++tap)
-      t[tap] = weight[(column * in_channels + k) * 9 + tap];
+      t[tap] = column < out_channels ? weight[(column * in_channels + k) * 9 + tap] : 0.0;
     return;
   case Kind::point: t[0] = weight[(column * in_channels + k) * 9 + 4]; return;
   case Kind::first: t[0] = weight[column * in_channels * 9 + k]; return;
   case Kind::up: t[0] = weight[(k * out_channels + column % out_channels) * 4 + column / out_channels]; return;
+  case Kind::linear:
   case Kind::output: t[0] = column < out_channels ? weight[column * in_channels + k] : 0.0; return;
   }
 }
@@ -56,19 +61,23 @@ void weights_at(
 
 Kind kind_named(const std::string& name) {
   static const std::map<std::string, Kind> kinds = {
-      {"winograd", Kind::winograd}, {"direct", Kind::direct}, {"window", Kind::window}, {"point", Kind::point},
-      {"first", Kind::first},       {"up", Kind::up},         {"output", Kind::output},
+      {"winograd", Kind::winograd}, {"direct", Kind::direct},       {"strided", Kind::strided},
+      {"doubled", Kind::doubled},   {"window", Kind::window},       {"point", Kind::point},
+      {"linear", Kind::linear},     {"first", Kind::first},         {"up", Kind::up},
+      {"output", Kind::output},     {"output3x3", Kind::output3x3},
   };
   const auto found = kinds.find(name);
-  if (found == kinds.end())
-    throw std::invalid_argument(
-        "kind must be one of winograd, direct, window, point, first, up and output, got '" + name + "'"
-    );
+  if (found == kinds.end()) {
+    std::string known;
+    for (const auto& kind : kinds)
+      known += (known.empty() ? "" : ", ") + kind.first;
+    throw std::invalid_argument("kind must be one of " + known + ", got '" + name + "'");
+  }
   return found->second;
 }
 
 Packing::Packing(Kind kind, const Kernels& kernels, int64_t out_channels, int64_t in_channels) {
-  const bool image = kind == Kind::first, last = kind == Kind::output;
+  const bool image = kind == Kind::first, last = kind == Kind::output || kind == Kind::output3x3;
   if (out_channels < 1 || in_channels < 1 || (!last && out_channels % kPanel) || (!image && in_channels % kPanel))
     throw std::invalid_argument(
         "channels must be multiples of 16 (the image's aside), got " + std::to_string(in_channels) + " -> " +
@@ -76,7 +85,15 @@ Packing::Packing(Kind kind, const Kernels& kernels, int64_t out_channels, int64_
     );
   const Kernels& table = image || last ? float_kernels(kernels) : kernels;
   half = table.half;
-  positions = kind == Kind::winograd ? 16 : kind == Kind::window || kind == Kind::direct ? 9 : 1;
+  switch (kind) {
+  case Kind::winograd: positions = 16; break;
+  case Kind::window:
+  case Kind::doubled:
+  case Kind::direct:
+  case Kind::strided:
+  case Kind::output3x3: positions = 9; break;
+  default: positions = 1;
+  }
   k = image ? 9 * in_channels : in_channels;
   k_padded = (k + table.k_multiple - 1) / table.k_multiple * table.k_multiple;
   columns = kind == Kind::up ? 4 * out_channels : (out_channels + kPanel - 1) / kPanel * kPanel;

@@ -3,10 +3,11 @@
 // Columns are cut into groups of up to four panels of 16 (equal groups as far as possible), and a group is
 // [position][k][16 * panels], in half tables [position][k / 2][16 * panels][2]: one contiguous stream. What position, k
 // and column mean is the kind's:
-//   winograd  16 transformed taps x in, columns out       window  9 transformed taps x in, columns out
-//   direct    9 taps x in, columns out                    point   the middle tap x in, columns out
-//   up        1 x in, columns (ky, kx, out)
-//   first     1 x (in, ky, kx), columns out; float32      output  1 x in, columns out filled up to 16; float32
+//   winograd  16 transformed taps x in, columns out       window    9 transformed taps x in, columns out
+//   doubled   9 transformed taps x in, columns out        point     the middle tap x in, columns out
+//   direct, strided  9 taps x in, columns out             linear    1 x in, columns out
+//   up        1 x in, columns (ky, kx, out)               first     1 x (in, ky, kx), columns out; float32
+//   output    1 x in, columns out filled up to 16; float32; output3x3: 9 taps x in
 #pragma once
 
 #include <string>
@@ -16,7 +17,7 @@
 
 namespace ddpm_fast::inference {
 
-enum class Kind { winograd, direct, window, point, first, up, output };
+enum class Kind { winograd, direct, strided, doubled, window, point, linear, first, up, output, output3x3 };
 
 Kind kind_named(const std::string& name);  // throws std::invalid_argument
 

@@ -15,11 +15,20 @@
         gemm,                                                                                                          \
         winograd_in,                                                                                                   \
         window_in,                                                                                                     \
+        doubled_in,                                                                                                    \
         finish<WinogradOut>,                                                                                           \
         finish<WindowOut>,                                                                                             \
+        finish<DoubledOut>,                                                                                            \
         finish<DirectOut>,                                                                                             \
         store_rows,                                                                                                    \
         to_float,                                                                                                      \
+        moments,                                                                                                       \
+        normalise,                                                                                                     \
+        pack_columns,                                                                                                  \
+        pack_rows,                                                                                                     \
+        softmax,                                                                                                       \
+        rescale_add,                                                                                                   \
+        store_divided,                                                                                                 \
     };                                                                                                                 \
     return &table;                                                                                                     \
   }                                                                                                                    \

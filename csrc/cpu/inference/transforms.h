@@ -5,7 +5,11 @@
 // products in place of 36 for four outputs. An image of 2x2 pixels needs 9: in one dimension, with zeros outside,
 //   y0 = w1 x0 + w2 x1 = w1 (x0 + x1) + (w2 - w1) x1
 //   y1 = w0 x0 + w1 x1 = w1 (x0 + x1) + (w0 - w1) x0,
-// three products in place of six, and the same again in the other dimension.
+// three products in place of six, and the same again in the other dimension. Pixels that are doubled (nearest
+// neighbour) before the convolution also need 9 for their four outputs, in place of 36: with neighbours l and r of
+// pixel x,
+//   y0 = w0 l + (w1 + w2) x = w0 (l - x) + (w0 + w1 + w2) x
+//   y1 = (w0 + w1) x + w2 r = (w0 + w1 + w2) x - w2 (x - r).
 #pragma once
 
 #include "kernels.h"
@@ -69,6 +73,40 @@ void window_in(const void* const* pixels, int64_t channels, void* v, int64_t str
   }
 }
 
+// One column of three pixels: what its middle one differs by from the upper and from the lower one, and itself.
+inline __attribute__((always_inline)) void
+doubled_column(const void* const* pixels, int64_t line, int64_t c, Vec (&rows)[3][3], int column) {
+  const Vec above = load(static_cast<const Value*>(pixels[0]) + c);
+  const Vec middle = load(static_cast<const Value*>(pixels[line]) + c);
+  const Vec below = load(static_cast<const Value*>(pixels[2 * line]) + c);
+  rows[0][column] = above - middle;
+  rows[1][column] = middle;
+  rows[2][column] = middle - below;
+}
+
+void doubled_in(const void* const* pixels, int64_t count, int64_t channels, void* v, int64_t stride) {
+  const int64_t line = count + 2;
+  for (int64_t c = 0; c < channels; c += kPanel) {
+    Vec rows[3][3];  // neighbours share two columns
+    doubled_column(pixels, line, c, rows, 0);
+    doubled_column(pixels + 1, line, c, rows, 1);
+    Value* out = static_cast<Value*>(v) + c;
+    for (int64_t i = 0; i < count; ++i, out += channels) {
+      doubled_column(pixels + i + 2, line, c, rows, 2);
+#pragma GCC unroll 3
+      for (int y = 0; y < 3; ++y) {
+        Vec* d = rows[y];
+        Value* target = out + 3 * y * stride;
+        store(target, d[0] - d[1]);
+        store(target + stride, d[1]);
+        store(target + 2 * stride, d[1] - d[2]);
+        d[0] = d[1];
+        d[1] = d[2];
+      }
+    }
+  }
+}
+
 struct Window {
   Vec y[4];
 };
@@ -112,6 +150,25 @@ struct WindowOut {
   }
 };
 
+struct DoubledOut {
+  static inline __attribute__((always_inline)) Window of(const float* m, int64_t stride) {
+    Vec rows[2][3];
+#pragma GCC unroll 3
+    for (int x = 0; x < 3; ++x) {
+      const Vec middle = load(m + (3 + x) * stride);
+      rows[0][x] = load(m + x * stride) + middle;
+      rows[1][x] = middle - load(m + (6 + x) * stride);
+    }
+    Window w;
+#pragma GCC unroll 2
+    for (int y = 0; y < 2; ++y) {
+      w.y[2 * y] = rows[y][0] + rows[y][1];
+      w.y[2 * y + 1] = rows[y][1] - rows[y][2];
+    }
+    return w;
+  }
+};
+
 struct DirectOut {
   static inline __attribute__((always_inline)) Window of(const float* m, int64_t stride) {
     return {{load(m), load(m + stride), load(m + 2 * stride), load(m + 3 * stride)}};
@@ -131,7 +188,9 @@ void finish_as(const Finish& f) {
       w.y[i] = w.y[i] + bias;
       if (kSilu) w.y[i] = silu(w.y[i]);
       w.y[i] = w.y[i] + temb;
-      if (f.out[i] != nullptr) store(static_cast<Value*>(f.out[i]) + c, w.y[i]);
+      if (f.out[i] == nullptr) continue;
+      if (f.residual[0] != nullptr) w.y[i] = w.y[i] + load(static_cast<const Value*>(f.residual[i]) + c);
+      store(static_cast<Value*>(f.out[i]) + c, w.y[i]);
     }
     if (f.pooled != nullptr) {
       const Vec top = larger(w.y[0], w.y[1]), bottom = larger(w.y[2], w.y[3]);
@@ -148,10 +207,16 @@ void finish(const Finish& f) {
     finish_as<Out, false>(f);
 }
 
-void store_rows(const float* c, int64_t c_stride, int64_t m, int64_t panels, const float* bias, void* const* out) {
+void store_rows(
+    const float* c, int64_t c_stride, int64_t m, int64_t panels, const float* bias, const void* const* residual,
+    void* const* out
+) {
   for (int64_t i = 0; i < m; ++i)
-    for (int64_t j = 0; j < panels * kPanel; j += kPanel)
-      store(static_cast<Value*>(out[i]) + j, load(c + i * c_stride + j) + load(bias + j));
+    for (int64_t j = 0; j < panels * kPanel; j += kPanel) {
+      Vec y = load(c + i * c_stride + j) + load(bias + j);
+      if (residual != nullptr) y = y + load(static_cast<const Value*>(residual[i]) + j);
+      store(static_cast<Value*>(out[i]) + j, y);
+    }
 }
 
 void to_float(const void* source, int64_t count, float* target) {
