@@ -9,6 +9,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from inference_models import products_of
 
 pytest.importorskip("triton", reason="Triton is not installed; pip install 'ddpm_fast[triton]'")
 
@@ -295,27 +296,34 @@ def test_terms_of_an_image_are_a_power_of_two():
     assert [first_terms(channels) for channels in (1, 2, 3, 4)] == [16, 32, 32, 64]
 
 
+def test_layers_of_the_paper_s_network_are_of_every_kind():
+    from ddpm_fast.inference.gpu_layers import listed
+    from ddpm_fast.nn import DDPMUNet
+
+    found = products_of(DDPMUNet().eval(), 32)
+    kinds, left = set(), 0
+    for layer, side, *_ in found:
+        candidates = listed(layer, 4, side, side, torch.bfloat16, 132, 90)
+        kinds |= {candidate.kind for candidate in candidates}
+        left += not candidates
+    assert kinds == {"first", "conv", "linear", "doubled"}
+    assert left == sum(getattr(layer, "resample", None) == "down" for layer, *_ in found) == 3
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("n", [1, 64])
-def test_every_tile_of_the_tutorial_computes_the_right_thing_on_this_gpu(n, dtype):
+@pytest.mark.parametrize("name", ["UNet", "DDPMUNet"])
+def test_every_tile_of_a_network_computes_the_right_thing_on_this_gpu(name, n, dtype):
     """All that a plan may choose there, flattened loops of whatever length included (triton#1254)."""
+    from ddpm_fast import nn
     from ddpm_fast.inference.gpu import processors
     from ddpm_fast.inference.gpu_layers import listed
-    from ddpm_fast.inference.known import read
-    from ddpm_fast.inference.network import Output, Up
-    from ddpm_fast.nn import UNet
 
     numbers = processors(torch.device("cuda", torch.cuda.current_device()))
-    for layer in read(UNet(device="cpu").eval()).layers:
-        if isinstance(layer, Output):
-            continue
-        up = isinstance(layer, Up)
-        side = 32 if layer.source is None else 32 >> layer.source.buffer.level
-        columns, channels = layer.weight.shape[1 if up else 0], layer.weight.shape[0 if up else 1]
-        options = {"silu": False, "temb": False}
-        if not up:
-            options = {"pooled": layer.pooled is not None, "temb": layer.temb is not None}
+    for layer, side, channels, columns in products_of(getattr(nn, name)().eval(), 32):
+        options = {"silu": getattr(layer, "silu", False), "temb": getattr(layer, "temb", None) is not None}
+        options |= {part: getattr(layer, part, None) is not None for part in ("pooled", "residual")}
         for candidate in listed(layer, n, side, side, dtype, *numbers):
             case = Case(candidate.kind, (n, side, side), channels, columns, dtype, **options)
             case.run(candidate.tile)

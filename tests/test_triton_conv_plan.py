@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
+from inference_models import products_of
 from torch import nn
 
 pytest.importorskip("triton", reason="Triton is not installed; pip install 'ddpm_fast[triton]'")
@@ -15,7 +18,7 @@ from ddpm_fast.inference.candidate import Packs
 from ddpm_fast.inference.check import BOUNDS, error, exact
 from ddpm_fast.inference.gpu_tiles import tiles
 from ddpm_fast.inference.known import read
-from ddpm_fast.inference.network import Attention, Conv, Layer, Linear, Output, Up
+from ddpm_fast.inference.network import Attention, Conv, Layer, Linear, Norm, Output, Up
 from ddpm_fast.inference.plan import frame_for, places
 from ddpm_fast.nn import DDPMUNet, UNet
 
@@ -157,6 +160,12 @@ def test_no_candidates_without_a_gpu_or_for_layers_that_do_not_fit():
     network = read(unet())
     assert gpu.candidates(network.layers[1], 1, 8, 8, torch.float32, CPU) == []
     assert gpu.output_step(network.layers[-1], places(network, 1, 8, 8, torch.float32, CPU, Packs())[-1]) is None
+    for layer in read(ddpm_unet(block_out_channels=(24, 40), norm_num_groups=4)).layers:
+        sizes = (
+            (layer.source.channels,) if isinstance(layer, Norm) else getattr(layer, "weight", torch.ones(9)).shape[:2]
+        )
+        fits = not left_to_the_library(layer) and all(size % 16 == 0 or size == 3 for size in sizes)
+        assert bool(gpu_layers.listed(layer, 1, 8, 8, torch.bfloat16, *H100)) == fits, layer.name
     for layer in read(unet(width=24)).layers:
         sizes = layer.weight.shape[:2]
         fits = all(size % 16 == 0 or size == 3 for size in sizes)
@@ -166,21 +175,20 @@ def test_no_candidates_without_a_gpu_or_for_layers_that_do_not_fit():
     assert gpu_layers.listed(network.layers[1], 2**25, 8, 8, torch.bfloat16, *H100) == []
 
 
-def layers_of_the_tutorial() -> list[tuple[Conv | Up, int]]:
-    network = read(UNet(device="cpu").eval())
-    placed = [(layer, 0 if layer.source is None else layer.source.buffer.level) for layer in network.layers]
-    return [(layer, 32 >> level) for layer, level in placed if not isinstance(layer, gpu_layers.Output)]
+@functools.cache
+def products() -> list[tuple[Conv | Up | Linear, int, int, int]]:
+    return products_of(UNet().eval(), 32) + products_of(DDPMUNet().eval(), 32)
 
 
 @pytest.mark.parametrize("numbers", [H100, A100], ids=["H100", "A100"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_tiles_suit_the_layer(dtype, numbers):
-    for layer, side in layers_of_the_tutorial():
+    for layer, side, channels, _ in products():
         for n in (1, 16, 64, 512):
             rows = n * side * side
-            found = [c for c in gpu_layers.listed(layer, n, side, side, dtype, *numbers) if c.kind in ("conv", "up")]
+            listed = gpu_layers.listed(layer, n, side, side, dtype, *numbers)
+            found = [c for c in listed if c.kind in ("conv", "linear", "up", "doubled")]
             assert len(found) <= gpu_layers.TILES
-            channels = layer.weight.shape[0 if isinstance(layer, Up) else 1]
             for tile in (candidate.tile for candidate in found):
                 assert channels % tile.k == 0
                 assert tile.m < 2 * max(rows, 16)
