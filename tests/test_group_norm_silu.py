@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
 from support import DTYPES, MEMORY, TOLERANCES, assert_same, rand, reference, to
 
 from ddpm_fast import ops
+from ddpm_fast.backends import native_norm
+
+try:
+    from ddpm_fast.backends.triton import launch as _launch  # noqa: F401
+except ImportError:
+    triton_norm = None
+else:
+    triton_norm = sys.modules["ddpm_fast.backends.triton.group_norm_silu"]
 
 IMAGE, GROUPS = (2, 6, 6, 6), 3
 NAMES = ("h", "weight", "beta", "bias", "temb")
@@ -128,7 +138,25 @@ def test_is_no_further_from_float64_than_eager(device, case, kind):
     exact = eager(double(a), 4)
     error = (call(to(device, a), 4).cpu().double() - exact).abs().max()
     eager_error = (eager(a, 4).double() - exact).abs().max()
-    assert error <= max(eager_error, 2**-22 * exact.abs().max())
+    # Or within 8 ulp of the largest: 3 of SiLU, 4 operations before it, and the statistics.
+    assert error <= max(eager_error, 2**-20 * exact.abs().max())
+
+
+@pytest.fixture
+def small_parts(monkeypatch):
+    """Groups of more than 64 elements are cut into parts on a GPU, and programs are small."""
+    monkeypatch.setattr(native_norm, "ELEMENTS_OF_PART", 64)
+    if triton_norm is not None:
+        monkeypatch.setattr(triton_norm, "PART_ELEMENTS", 64)
+        monkeypatch.setattr(triton_norm, "INTERPRETED_ELEMENTS", 32)
+
+
+@pytest.mark.parametrize(("shape", "groups"), [((2, 6, 9, 11), 3), ((1, 8, 16, 16), 2), ((1, 70, 3, 3), 1)], ids=str)
+@pytest.mark.parametrize("kind", ["contiguous", "channels_last"])
+def test_large_groups_in_parts(device, small_parts, shape, groups, kind):
+    check(device, groups, shape=shape, kind=kind)
+    options = {"groups": groups, "shape": shape, "kind": kind}
+    check_gradients(gradients(device, **options), reference(gradients, torch.device("cpu"), **options))
 
 
 @pytest.mark.parametrize("kind", ["contiguous", "channels_last"])
