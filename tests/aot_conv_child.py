@@ -1,5 +1,5 @@
 """Compiles the Triton convolutions for GPUs that are not there and prints what is in them as JSON, for
-test_triton_aot_conv.py: the first choices of a plan for layers of the tutorial U-Net, launched as the plan would.
+test_triton_aot_conv.py: the first choices of a plan for layers of the U-Nets, launched as the plan would.
 
 A process of its own, because kernels decorated under TRITON_INTERPRET=1 cannot be compiled.
 """
@@ -19,12 +19,12 @@ from ddpm_fast.backends.triton import aot
 from ddpm_fast.backends.triton.conv_output import Output as OutputLaunch
 from ddpm_fast.inference.candidate import Frame, Packs, Place
 from ddpm_fast.inference.gpu_layers import listed
-from ddpm_fast.inference.network import Buffer, Conv, Slice, Up
+from ddpm_fast.inference.network import Buffer, Conv, Linear, Norm, Slice, Up
 
 GPUS = {90: (132, 90), 80: (108, 80)}
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 
-# (name, images, side of the source, channels, columns, kind, dtype, capability); names are those of the U-Net's layers.
+# (name, images, side of the source, channels, columns, kind, dtype, capability); names are those of the U-Nets' layers.
 LAYERS = [
     ("down1.conv1", 64, 32, 3, 64, "temb", BF16, 90),
     ("down2.conv1", 64, 16, 64, 128, "temb", BF16, 90),
@@ -37,6 +37,14 @@ LAYERS = [
     ("down2.conv1 in float32", 64, 16, 64, 128, "temb", F32, 90),
     ("down2.conv1", 64, 16, 64, 128, "temb", BF16, 80),
     ("down2.conv2", 64, 16, 128, 128, "pooled", BF16, 80),
+    ("down_blocks.0.resnets.0.conv2", 64, 32, 128, 128, "residual", BF16, 90),
+    ("down_blocks.3.resnets.0.conv2 of one image", 1, 4, 256, 256, "residual", BF16, 90),
+    ("up_blocks.2.upsamplers.0.conv", 64, 16, 256, 256, "doubled", BF16, 90),
+    ("mid_block.attentions.0.to_qkv", 64, 4, 256, 768, "linear", BF16, 90),
+    ("down_blocks.1.attentions.0.to_out", 64, 16, 256, 256, "linear residual", F16, 90),
+    ("down_blocks.0.resnets.0.conv2 in float32", 64, 32, 128, 128, "residual", F32, 90),
+    ("down_blocks.0.resnets.0.conv2", 64, 32, 128, 128, "residual", BF16, 80),
+    ("up_blocks.2.upsamplers.0.conv", 64, 16, 256, 256, "doubled", BF16, 80),
 ]
 
 
@@ -44,14 +52,19 @@ def launches(
     n: int, side: int, channels: int, columns: int, kind: str, dtype: torch.dtype, capability: int
 ) -> tuple[str, list[aot.Specialisation]]:
     """The first choice for a layer, by name, and what it launches."""
-    scale = 2 if kind == "up" else 1
+    scale = 2 if kind in ("up", "doubled") else 1
     buffer = Buffer("b", 2 * columns, 0)
     image = channels < 16
     source = None if image else meta(n, side, side, channels, dtype=dtype)
     target = meta(n, scale * side, scale * side, 2 * columns, dtype=dtype)[..., columns:]
-    layer: Conv | Up
+    residual = meta(n, side, side, 3 * columns, dtype=dtype)[..., :columns] if "residual" in kind else None
+    added = None if residual is None else Slice(buffer, 0, columns)
+    layer: Conv | Up | Linear
     if kind == "up":
         layer = Up("up", meta(channels, columns, 2, 2), meta(columns), Slice(buffer, 0, channels), Slice(buffer, 0, 1))
+    elif kind.startswith("linear"):
+        places = Slice(buffer, 0, channels), Slice(buffer, columns, columns)
+        layer = Linear("linear", meta(columns, channels), meta(columns), *places, residual=added)
     else:
         layer = Conv(
             "conv",
@@ -61,9 +74,12 @@ def launches(
             Slice(buffer, columns, columns),
             temb=64 if kind == "temb" else None,
             pooled=Slice(buffer, 0, columns) if kind == "pooled" else None,
+            silu=kind in ("temb", "pooled"),
+            residual=added,
+            resample="up" if kind == "doubled" else "none",
         )
     pooled = meta(n, side // 2, side // 2, columns, dtype=dtype) if kind == "pooled" else None
-    place = Place(n, side, side, dtype, torch.device("meta"), source, target, pooled, 2944, Packs())
+    place = Place(n, side, side, dtype, torch.device("meta"), source, target, pooled, 2944, Packs(), residual)
     images = meta(n, channels, side, side)
     rows = meta(n, dtype=torch.int64)
     candidate = listed(layer, n, side, side, dtype, *GPUS[capability])[0]
@@ -72,13 +88,30 @@ def launches(
     return candidate.name, found
 
 
-def output(step: bool) -> list[aot.Specialisation]:
-    """The last layer of the U-Net in bfloat16, alone or with the reverse step."""
+def norm(side: int, channels: int, modulated: bool, dtype: torch.dtype) -> aot.Specialisation:
+    """The first choice for a norm of the paper's U-Net, of part of a buffer."""
+    part = Slice(Buffer("b", 2 * channels, 0), 0, channels)
+    layer = Norm(*("norm", meta(channels), meta(channels), part, part, 32, 1e-6), modulation=64 if modulated else None)
+    source, target = (
+        meta(64, side, side, 2 * channels, dtype=dtype)[..., :channels],
+        meta(64, side, side, channels, dtype=dtype),
+    )
+    place = Place(64, side, side, dtype, torch.device("meta"), source, target, None, 2944, Packs())
+    images = meta(64, 3, 32, 32)
+    with aot.recorded() as found:
+        candidate = listed(layer, 64, side, side, dtype, *GPUS[90])[0]
+        candidate.prepare(layer, place)(Frame(images, images, meta(1000, 2944), meta(64, dtype=torch.int64)))
+    return found[0]
+
+
+def output(step: bool, side: int = 1) -> list[aot.Specialisation]:
+    """The last layer of the U-Nets in bfloat16, side x side, alone or with the reverse step."""
 
     def integers(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
         return meta(*shape, dtype=dtype)
 
-    last = OutputLaunch(meta(64, 32, 32, 64, dtype=BF16), meta(3, 64, 1, 1), meta(3))
+    weight = meta(3, 64, side, side).to(memory_format=torch.channels_last)
+    last = OutputLaunch(meta(64, 32, 32, 64, dtype=BF16), weight, meta(3))
     x = meta(64, 3, 32, 32)
     with aot.recorded() as found:
         if step:
@@ -97,6 +130,10 @@ def cases() -> Iterator[tuple[str, str, int, aot.Specialisation]]:
             yield name + (", the parts added" if reduces else ""), chosen, layer[-1], launch
     for name, step in (("output", False), ("output with the step", True)):
         yield name, "triton", 90, output(step)[0]
+    yield "norm", "triton", 90, norm(32, 128, False, BF16)
+    yield "norm of groups of twelve, modulated", "triton", 90, norm(16, 384, True, F16)
+    yield "norm in float32", "triton", 90, norm(32, 128, False, F32)
+    yield "conv_out", "triton", 90, output(False, side=3)[0]
 
 
 WORDS = (r"\bfma\.", r"div\.full", r"\.approx", r"\.ftz", r"\.f64")
@@ -117,6 +154,7 @@ def inspect(name: str, chosen: str, capability: int, launch: aot.Specialisation)
         "kernel": launch.kernel.fn.__name__,
         "kind": launch.constants.get("KIND"),
         "rows": launch.constants.get("BLOCK_M"),
+        "residual": launch.signature.get("residual_ptr", "constexpr") != "constexpr",
         "half": launch.signature.get("target_ptr") != "*fp32",
         "warps": launch.options["num_warps"],
         "registers": registers,

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 import ddpm_fast
 from ddpm_fast.inference import planner
+from ddpm_fast.inference.known import read
+from ddpm_fast.inference.network import Conv, Layer, Linear, Up
 
 
 def make_unet(seed: int = 0, **arguments: Any) -> ddpm_fast.UNet:
@@ -49,6 +51,23 @@ def exact(net: ddpm_fast.UNet, x: Tensor, t: Tensor, labels: Tensor | None = Non
 @torch.no_grad()
 def relative_error(got: Tensor, expected: Tensor) -> float:
     return float((got.double() - expected.double()).norm() / expected.double().norm())
+
+
+def products_of(model: nn.Module, side: int) -> list[tuple[Conv | Up | Linear, int, int, int]]:
+    """(layer, side of its source, channels, columns) of a network on side x side images, no two of one sort."""
+    found: dict[tuple[object, ...], tuple[Conv | Up | Linear, int, int, int]] = {}
+
+    def numbers(layer: Layer) -> tuple[object, ...]:
+        there = (getattr(layer, part, None) is not None for part in ("temb", "pooled", "residual"))
+        return (type(layer), getattr(layer, "resample", None), *there)
+
+    for layer in read(model).layers:
+        if isinstance(layer, (Conv, Up, Linear)):
+            up = isinstance(layer, Up)
+            own = side if layer.source is None else side >> layer.source.buffer.level
+            columns, channels = layer.weight.shape[int(up)], layer.weight.shape[1 - int(up)]
+            found.setdefault((*numbers(layer), own, channels, columns), (layer, own, channels, columns))
+    return list(found.values())
 
 
 @pytest.fixture

@@ -94,6 +94,20 @@ def test_gives_the_pipelines_images(scheduler, name, options, tmp_path):
     assert int(difference.abs().max()) <= 1
 
 
+@pytest.mark.parametrize("scheduler", [DDPMScheduler, DDIMScheduler])
+def test_as_it_comes_it_runs_a_plan_and_gives_the_pipelines_images(scheduler, tmp_path):
+    """Nothing asked for: fused, in float32, and a torch generator means what it means there."""
+    pipeline = saved(tmp_path, scheduler(num_train_timesteps=T), block_out_channels=(16, 32), norm_num_groups=4)
+    expected = pipeline(N, torch.Generator().manual_seed(3), T, output_type="pt").images
+    sampler = ddpm_fast.Sampler.from_pretrained(tmp_path)
+    got = sampler.sample(N, generator=torch.Generator().manual_seed(3))
+    assert sampler.fused
+    assert sampler.timesteps == pipeline.scheduler.timesteps.tolist()
+    assert float((got - expected).abs().max()) < FP32 / 2
+    got_bytes = sampler.sample(N, generator=torch.Generator().manual_seed(3), output="uint8")
+    assert int((got_bytes.int() - (expected * 255).round().int()).abs().max()) <= 1
+
+
 def test_all_steps_and_a_folder_of_the_first_releases(tmp_path):
     """Everything in one folder and a config that is silent about what came later; all T steps by default."""
     pipeline = saved(tmp_path, DDPMScheduler(num_train_timesteps=40, variance_type="fixed_large"), flat=True)

@@ -119,9 +119,20 @@ class TestDDPM:
             close(mine.step(m, t, x, generator=also).prev_sample, theirs.step(m, t, x, generator=drawn).prev_sample)
         assert mine.previous_timestep(333) == 20
 
-    @pytest.mark.parametrize("schedule", ["scaled_linear", "squaredcos_cap_v2", "sigmoid", "laplace"])
-    def test_other_schedules(self, schedule):
-        theirs, mine = pair("ddpm", 10, beta_schedule=schedule, prediction_type="v_prediction")
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {"beta_schedule": "scaled_linear"},
+            {"beta_schedule": "squaredcos_cap_v2"},
+            {"beta_schedule": "sigmoid"},
+            {"beta_schedule": "laplace"},
+            {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"},
+            {"trained_betas": torch.linspace(0.001, 0.1, 60).tolist(), "num_train_timesteps": 60},
+            {"num_train_timesteps": 77, "timestep_spacing": "linspace"},
+        ],
+    )
+    def test_other_schedules(self, options):
+        theirs, mine = pair("ddpm", 10, prediction_type="v_prediction", **options)
         m, x = images()
         for t in mine.timesteps:
             drawn, also = generators()

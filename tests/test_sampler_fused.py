@@ -275,10 +275,10 @@ class TestModelsThatAreNotKnown:
         assert torch.equal(fused.sample(1, SHAPE, seed=0), plain.sample(1, SHAPE, seed=0))
         assert len(seen) == 6
 
-    def test_nor_is_one_that_predicts_a_variance(self) -> None:
+    def test_a_network_without_a_variance_where_one_is_asked_for(self) -> None:
         fused = Sampler(make_unet(), LINEAR, variance="learned_range", fused=True)
-        assert not fused.fused
-        assert fused.not_fused_because == "variance='learned_range': a fused plan predicts no variance"
+        with pytest.raises(ValueError, match=r"must return shape \(1, 6, 16, 16\).*this one predicts no variance"):
+            fused.sample(1, (3, 16, 16), seed=0)
 
 
 @pytest.mark.skipif(not native.available(), reason="the extension has no inference layers here")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from inference_models import products_of
 
 pytest.importorskip("triton", reason="Triton is not installed; pip install 'ddpm_fast[triton]'")
 
@@ -27,16 +28,30 @@ class Case:
     """A layer of random numbers, its buffers filled with guards, and what it should give."""
 
     def __init__(
-        self, kind, size, channels, columns, dtype, *, pooled=False, silu=True, temb=True, labels=False, dense=False
+        self,
+        kind,
+        size,
+        channels,
+        columns,
+        dtype,
+        *,
+        pooled=False,
+        residual=False,
+        silu=True,
+        temb=True,
+        labels=False,
+        dense=False,
     ):
         n, h, w = size
         draw = torch.Generator().manual_seed(0)
         randn = lambda *shape: torch.randn(*shape, generator=draw).to(DEVICE)  # noqa: E731
         below = lambda high: torch.randint(0, high, (n,), generator=draw).to(DEVICE)  # noqa: E731
-        scale = 2 if kind == "up" else 1
+        scale = 2 if kind in ("up", "doubled") else 1
         self.kind, self.n, self.columns, self.pool, self.silu = kind, n, columns, pooled, silu
-        shape = (channels, columns, 2, 2) if kind == "up" else (columns, channels, 3, 3)
-        self.weight = randn(*shape) / (9 * channels) ** 0.5
+        shapes = {"up": (channels, columns, 2, 2), "linear": (columns, channels)}
+        self.weight = randn(*shapes.get(kind, (columns, channels, 3, 3))) / (9 * channels) ** 0.5
+        if kind == "doubled":  # few enough digits that the sums of four taps are exact in every dtype
+            self.weight = (randn(columns, channels, 3, 3) * 4).round() / 64
         self.bias = randn(columns)
         # Guards stand beside every pixel, and before and behind all images as many rows as a tile has.
         around = -(-128 // (h * w))
@@ -46,6 +61,10 @@ class Case:
         self.target = self.buffer[around : n + around, ..., 16 : 16 + columns]
         self.pooled_buffer = self.buffer.new_full((n + 2 * around, h // 2, w // 2, columns + 16), GUARD)
         self.pooled = self.pooled_buffer[around : n + around, ..., 16:] if pooled else None
+        # What lies beside the residual must not get in.
+        beside = torch.full((n, scale * h, scale * w, columns + 48), float("nan"), dtype=dtype, device=DEVICE)
+        self.residual = beside[..., 16 : 16 + columns].copy_(randn(n, scale * h, scale * w, columns))
+        self.residual = self.residual if residual else None
         self.x = self.source = None
         self.channels = channels
         if kind == "first":
@@ -72,6 +91,7 @@ class Case:
             self.target,
             tile,
             pooled=self.pooled,
+            residual=self.residual,
             silu=self.silu,
             first_column=self.first_column,
             channels=self.channels,
@@ -84,7 +104,13 @@ class Case:
 
     def exact(self):
         x, weight, bias = self.seen.double(), self.weight.double(), self.bias.double()
-        y = F.conv_transpose2d(x, weight, bias, stride=2) if self.kind == "up" else F.conv2d(x, weight, bias, padding=1)
+        if self.kind == "up":
+            y = F.conv_transpose2d(x, weight, bias, stride=2)
+        elif self.kind == "linear":
+            y = F.conv2d(x, weight[:, :, None, None], bias)
+        else:
+            x = F.interpolate(x, scale_factor=2.0, mode="nearest") if self.kind == "doubled" else x
+            y = F.conv2d(x, weight, bias, padding=1)
         if self.silu:
             y = F.silu(y)
         if self.first_column is not None:
@@ -92,7 +118,8 @@ class Case:
             if self.label_table is not None:
                 temb = temb + self.label_table[self.label_rows]
             y = y + temb[:, 16 : 16 + self.columns, None, None].double()
-        return y.permute(0, 2, 3, 1)
+        y = y.permute(0, 2, 3, 1)
+        return y if self.residual is None else y + self.residual.double()
 
     def check(self):
         expected = self.exact()
@@ -107,6 +134,8 @@ class Case:
 
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+PLAIN = {"silu": False, "temb": False}
+ADDED = {"silu": False, "residual": True}
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -134,6 +163,15 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
             "window", (3, 2, 2), 32, 48, Tile(16, 32, 32, splits=2), {"dense": True}, id="window_of_a_whole_buffer"
         ),
         pytest.param("point", (3, 1, 1), 48, 96, Tile(16, 64, 16), {}, id="point"),
+        pytest.param("conv", (3, 6, 10), 16, 96, Tile(64, 128, 16), {**ADDED, "labels": True}, id="residual"),
+        pytest.param("conv", (18, 4, 4), 16, 64, Tile(128, 64, 16), {"residual": True}, id="eight_images_residual"),
+        pytest.param("conv", (3, 4, 4), 64, 32, Tile(16, 32, 32, splits=3), ADDED, id="split_residual"),
+        pytest.param("linear", (3, 6, 10), 48, 96, Tile(64, 64, 16), PLAIN, id="linear"),
+        pytest.param("linear", (1, 2, 2), 128, 48, Tile(16, 32, 64, splits=2), ADDED, id="linear_split_residual"),
+        pytest.param("doubled", (3, 3, 5), 48, 48, Tile(32, 64, 16), PLAIN, id="doubled"),
+        pytest.param("doubled", (2, 1, 1), 32, 16, Tile(16, 32, 32), PLAIN, id="doubled_pixels"),
+        pytest.param("doubled", (1, 4, 2), 64, 32, Tile(16, 32, 64, splits=2), {"residual": True}, id="doubled_split"),
+        pytest.param("window", (3, 2, 2), 16, 32, Tile(16, 32, 16), {"residual": True}, id="window_residual"),
     ],
 )
 def test_matches_float64(kind, size, channels, columns, tile, options, dtype):
@@ -154,10 +192,10 @@ def test_more_parts_than_passes_are_as_many_as_there_are():
     case.check()
 
 
-@pytest.mark.parametrize("kind", ["conv", "first", "up"])
+@pytest.mark.parametrize("kind", ["conv", "first", "linear", "up", "doubled"])
 def test_wide_addresses_give_the_same_bits(kind):
     size, channels = (2, 4, 6), 3 if kind == "first" else 16
-    case = Case(kind, size, channels, 32, torch.float32, pooled=kind == "conv")
+    case = Case(kind, size, channels, 32, torch.float32, pooled=kind == "conv", residual=kind != "conv")
     expected = case.run(Tile(32, 32, 32 if kind == "first" else 16))
     conv = case.bind(Tile(32, 32, 32 if kind == "first" else 16))
     assert conv._constants["WIDE"] is False
@@ -168,14 +206,16 @@ def test_wide_addresses_give_the_same_bits(kind):
 
 
 def test_buffers_beyond_32_bits_are_addressed_in_64():
-    def wide(n):
+    def wide(n, beside=0):
         meta = lambda *shape: torch.empty(shape, dtype=torch.bfloat16, device="meta")  # noqa: E731
         packed, bias = meta(9 * 64, 64), torch.empty(64, device="meta")
-        conv = Conv("conv", meta(n, 32, 32, 64), packed, bias, meta(n, 32, 32, 128)[..., 64:], Tile(128, 64, 64))
+        target, residual = meta(n, 32, 32, 128)[..., 64:], meta(n, 32, 32, 64 + beside)[..., beside:]
+        conv = Conv("conv", meta(n, 32, 32, 64), packed, bias, target, Tile(128, 64, 64), residual=residual)
         return conv._constants["WIDE"]
 
     assert not wide(8192)  # 2^30 elements
     assert wide(16384)
+    assert wide(8192, beside=192)  # in the residual
 
 
 MANY_IMAGES = Tile(64, 128, 32)
@@ -228,6 +268,9 @@ def test_nan_in_the_source_reaches_the_target():
         ("window", (1, 4, 4), 16, 16, Tile(16, 16, 16), {}, "images of 2x2 pixels, got 4x4"),
         ("point", (1, 2, 2), 16, 16, Tile(16, 16, 16), {}, "images of 1x1 pixels, got 2x2"),
         ("conv", (1, 3, 4), 16, 16, Tile(16, 16, 16), {"pooled": True}, 'can be pooled, got "conv" of 3x4'),
+        ("doubled", (1, 4, 4), 16, 16, Tile(16, 16, 16, warps=8), {}, "at most 4 warps .* got 8"),
+        ("conv", (1, 4, 4), 16, 16, Tile(16, 16, 16), {"pooled": True, "residual": True}, "pooled or has a residual"),
+        ("linear", (1, 4, 4), 16, 16, Tile(16, 16, 16), {"pooled": True}, 'can be pooled, got "linear" of 4x4'),
         ("plane", (1, 4, 4), 16, 16, Tile(16, 16, 16), {}, "kind must be one of conv, .* got 'plane'"),
     ],
 )
@@ -238,40 +281,49 @@ def test_bad_input(kind, size, channels, columns, tile, options, message):
     assert (case.buffer == GUARD).all()
 
 
-def test_too_many_rows_are_refused():
+def test_too_many_pixels_are_refused():
     def meta(*shape):
         return torch.empty(shape, dtype=torch.bfloat16, device="meta")
 
-    source, target = meta(2**21, 32, 32, 16), meta(2**21, 32, 32, 16)
-    with pytest.raises(ValueError, match="use smaller batches"):
-        Conv("conv", source, meta(144, 16), torch.empty(16, device="meta"), target, Tile(128, 16, 16))
+    target = meta(2**21, 32, 32, 16)
+    for kind, side in (("conv", 32), ("doubled", 16)):
+        source = meta(2**21, side, side, 16)
+        with pytest.raises(ValueError, match="use smaller batches"):
+            Conv(kind, source, meta(144, 16), torch.empty(16, device="meta"), target, Tile(128, 16, 16))
 
 
 def test_terms_of_an_image_are_a_power_of_two():
     assert [first_terms(channels) for channels in (1, 2, 3, 4)] == [16, 32, 32, 64]
 
 
+def test_layers_of_the_paper_s_network_are_of_every_kind():
+    from ddpm_fast.inference.gpu_layers import listed
+    from ddpm_fast.nn import DDPMUNet
+
+    found = products_of(DDPMUNet().eval(), 32)
+    kinds, left = set(), 0
+    for layer, side, *_ in found:
+        candidates = listed(layer, 4, side, side, torch.bfloat16, 132, 90)
+        kinds |= {candidate.kind for candidate in candidates}
+        left += not candidates
+    assert kinds == {"first", "conv", "linear", "doubled"}
+    assert left == sum(getattr(layer, "resample", None) == "down" for layer, *_ in found) == 3
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("n", [1, 64])
-def test_every_tile_of_the_tutorial_computes_the_right_thing_on_this_gpu(n, dtype):
+@pytest.mark.parametrize("name", ["UNet", "DDPMUNet"])
+def test_every_tile_of_a_network_computes_the_right_thing_on_this_gpu(name, n, dtype):
     """All that a plan may choose there, flattened loops of whatever length included (triton#1254)."""
+    from ddpm_fast import nn
     from ddpm_fast.inference.gpu import processors
     from ddpm_fast.inference.gpu_layers import listed
-    from ddpm_fast.inference.known import read
-    from ddpm_fast.inference.network import Output, Up
-    from ddpm_fast.nn import UNet
 
     numbers = processors(torch.device("cuda", torch.cuda.current_device()))
-    for layer in read(UNet(device="cpu").eval()).layers:
-        if isinstance(layer, Output):
-            continue
-        up = isinstance(layer, Up)
-        side = 32 if layer.source is None else 32 >> layer.source.buffer.level
-        columns, channels = layer.weight.shape[1 if up else 0], layer.weight.shape[0 if up else 1]
-        options = {"silu": False, "temb": False}
-        if not up:
-            options = {"pooled": layer.pooled is not None, "temb": layer.temb is not None}
+    for layer, side, channels, columns in products_of(getattr(nn, name)().eval(), 32):
+        options = {"silu": getattr(layer, "silu", False), "temb": getattr(layer, "temb", None) is not None}
+        options |= {part: getattr(layer, part, None) is not None for part in ("pooled", "residual")}
         for candidate in listed(layer, n, side, side, dtype, *numbers):
             case = Case(candidate.kind, (n, side, side), channels, columns, dtype, **options)
             case.run(candidate.tile)

@@ -22,17 +22,25 @@ CASES = [
     pytest.param((3, 2, 2), 16, 4, id="tiny_images"),
     pytest.param((2, 16, 24), 128, 3, id="several_programs"),
 ]
+NINE_TAPS = [
+    pytest.param((2, 7, 5), 48, 3, id="odd"),
+    pytest.param((3, 1, 1), 16, 4, id="pixels"),
+    pytest.param((2, 1, 9), 16, 1, id="lines"),
+    pytest.param((2, 16, 24), 128, 3, id="several_programs"),
+]
 TABLE = torch.tensor([[1.01, 0.5, 0.3, 0.7, 0.01, 0.0, 0.2, 1.0], [1.2, 0.4, 0.0, 0.9, -0.1, 0.0, 0.0, 0.5]]).to(DEVICE)
 T_OF_ROW = torch.tensor([7, 0], dtype=torch.int32, device=DEVICE)
 RNG = make_rng(2**64 - 3, 2**33 + 5).to(DEVICE)
 
 
-def layer(size, channels, outputs, dtype=torch.float32):
-    """A source in the middle of a wider buffer, a weight and a bias."""
+def layer(size, channels, outputs, dtype=torch.float32, side=1):
+    """A source in the middle of a wider buffer with an image of NaN on either side, a weight and a bias."""
     draw = torch.Generator().manual_seed(0)
-    source = torch.randn(*size, channels + 32, generator=draw).to(DEVICE, dtype)[..., 16:-16]
-    weight = torch.randn(outputs, channels, 1, 1, generator=draw)
-    return source, weight.to(DEVICE), torch.randn(outputs, generator=draw).to(DEVICE)
+    n, *sides = size
+    buffer = torch.randn(n + 2, *sides, channels + 32, generator=draw).to(DEVICE, dtype)
+    buffer[[0, -1]] = float("nan")
+    weight = torch.randn(outputs, channels, side, side, generator=draw).to(memory_format=torch.channels_last)
+    return buffer[1:-1, ..., 16:-16], weight.to(DEVICE), torch.randn(outputs, generator=draw).to(DEVICE)
 
 
 def predicted(source, weight, bias):
@@ -47,13 +55,22 @@ def step(last, x, row, **kwargs):
     return bad_row
 
 
+def check_products(source, weight, bias):
+    exact = F.conv2d(source.permute(0, 3, 1, 2).double(), weight.double(), bias.double(), padding=weight.shape[-1] // 2)
+    got = predicted(source, weight, bias)
+    assert (got.double() - exact).norm() < 3e-7 * exact.norm()
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("size", "channels", "outputs"), CASES)
 def test_multiplies_in_float32(size, channels, outputs, dtype):
-    source, weight, bias = layer(size, channels, outputs, dtype)
-    exact = F.conv2d(source.permute(0, 3, 1, 2).double(), weight.double(), bias.double())
-    got = predicted(source, weight, bias)
-    assert (got.double() - exact).norm() < 3e-7 * exact.norm()
+    check_products(*layer(size, channels, outputs, dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("size", "channels", "outputs"), NINE_TAPS)
+def test_nine_taps_multiply_in_float32(size, channels, outputs, dtype):
+    check_products(*layer(size, channels, outputs, dtype, side=3))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -116,6 +133,11 @@ def test_bad_input():
         Output(*layer((1, 4, 4), 16, 9))
     with pytest.raises(ValueError, match="multiple of 4 for a step in one pass, got 9"):
         step(Output(*layer((1, 3, 3), 16, 1)), torch.zeros(1, 1, 3, 3), 0)
+    with pytest.raises(ValueError, match="only a 1x1 layer and the step are one pass, got 9 taps"):
+        step(Output(*layer((1, 4, 4), 16, 1, side=3)), torch.zeros(1, 1, 4, 4), 0)
+    source, weight, bias = layer((1, 4, 4), 16, 3, side=3)
+    with pytest.raises(ValueError, match=r"weight must be channels_last, got strides \(144, 9, 3, 1\)"):
+        Output(source, weight.contiguous(), bias)
     last = Output(*layer((2, 4, 4), 16, 3))
     for x in (torch.zeros(2, 3, 4, 4, dtype=torch.float16), torch.zeros(2, 4, 4, 3).permute(0, 3, 1, 2)):
         with pytest.raises(ValueError, match="x must be contiguous float32, got torch"):

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
+from inference_models import products_of
 from torch import nn
 
 pytest.importorskip("triton", reason="Triton is not installed; pip install 'ddpm_fast[triton]'")
 
 from ddpm_fast.backends.triton import launch
 from ddpm_fast.backends.triton.conv_call import Tile
-from ddpm_fast.inference import gpu, gpu_layers
+from ddpm_fast.inference import gpu, gpu_layers, library
 from ddpm_fast.inference.candidate import Packs
+from ddpm_fast.inference.check import BOUNDS, error, exact
 from ddpm_fast.inference.gpu_tiles import tiles
 from ddpm_fast.inference.known import read
-from ddpm_fast.inference.network import Conv, Up
+from ddpm_fast.inference.network import Attention, Conv, Layer, Linear, Norm, Output, Up
 from ddpm_fast.inference.plan import frame_for, places
-from ddpm_fast.inference.check import BOUNDS, error, exact
-from ddpm_fast.nn import UNet
+from ddpm_fast.nn import DDPMUNet, UNet
 
 interpreted = pytest.mark.skipif(not launch.INTERPRETED, reason="kernels are compiled here: there is a GPU")
 
@@ -73,6 +76,70 @@ def test_a_network_of_these_layers_computes_the_model(size, sizes, n, dtype):
     assert (frame.out.double() - m).norm() / m.norm() < 3 * BOUNDS[dtype]
 
 
+def ddpm_unet(**options) -> DDPMUNet:
+    """The paper's network, small, with norms that scale and shift and weights with which every layer shows."""
+    blocks = {"down_block_types": ("DownBlock2D", "AttnDownBlock2D"), "up_block_types": ("AttnUpBlock2D", "UpBlock2D")}
+    sizes = {"sample_size": 8, "block_out_channels": (16, 32), "layers_per_block": 1, "norm_num_groups": 4}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        net = DDPMUNet(**{**blocks, **sizes, **options}).eval()
+        for part in net.modules():
+            if isinstance(part, nn.GroupNorm):
+                nn.init.uniform_(part.weight, 0.5, 1.5)
+                nn.init.normal_(part.bias, std=0.2)
+            if isinstance(part, (nn.Conv2d, nn.Linear)):
+                nn.init.normal_(part.weight, std=part.weight[0].numel() ** -0.5)
+                nn.init.normal_(part.bias, std=0.1)
+    return net
+
+
+def left_to_the_library(layer: Layer) -> bool:
+    return isinstance(layer, Attention) or (isinstance(layer, Conv) and layer.resample == "down")
+
+
+@interpreted
+@pytest.mark.parametrize(
+    ("size", "options", "n", "dtype"),
+    [
+        pytest.param(8, {}, 2, torch.float32, id="float32"),
+        pytest.param(8, {"resnet_time_scale_shift": "scale_shift"}, 3, torch.bfloat16, id="scale_shift_bfloat16"),
+        pytest.param(2, {"num_class_embeds": 3}, 17, torch.float16, id="labels_float16_down_to_single_pixels"),
+    ],
+)
+@torch.no_grad()
+def test_the_paper_s_network_of_these_layers_and_the_library_s_computes_the_model(size, options, n, dtype):
+    """As above, with the library's attentions and convolutions of stride 2 in between."""
+    model = ddpm_unet(**options)
+    network = read(model)
+    spots = places(network, n, size, size, dtype, CPU, Packs())
+    frame = frame_for(network, n, size, size, CPU)
+    labels = () if frame.label_rows is None else (frame.label_rows,)
+    images = torch.arange(n)
+    kinds, residuals = set(), set()
+    for layer, place in zip(network.layers, spots, strict=True):
+        listed = gpu_layers.listed(layer, n, place.h, place.w, dtype, *SMALL)
+        assert bool(listed) != left_to_the_library(layer), layer.name
+        candidate = (listed or library.candidates(layer, n, place.h, place.w, dtype, CPU))[0]
+        kinds.add(getattr(candidate, "kind", "output" if isinstance(layer, Output) else "library"))
+        if place.residual is not None:
+            residuals.add(type(layer))
+        bound = candidate.prepare(layer, place)
+        expected = exact(layer, place, frame, images)
+        assert error(layer, place, frame, bound, expected, images) < BOUNDS[dtype], (layer.name, candidate.name)
+    assert kinds >= {
+        "first",
+        "linear",
+        "doubled",
+        "output",
+        "library",
+        *(("window", "point") if size == 2 else ("conv",)),
+    }
+    assert residuals == {Conv, Linear}
+    t = torch.linspace(0, 999, n).round()
+    m = model.double()(frame.x.double(), t, *labels)
+    assert (frame.out.double() - m).norm() / m.norm() < 3 * BOUNDS[dtype]
+
+
 @interpreted
 @torch.no_grad()
 def test_new_weights_are_seen_by_what_is_bound_already():
@@ -93,6 +160,12 @@ def test_no_candidates_without_a_gpu_or_for_layers_that_do_not_fit():
     network = read(unet())
     assert gpu.candidates(network.layers[1], 1, 8, 8, torch.float32, CPU) == []
     assert gpu.output_step(network.layers[-1], places(network, 1, 8, 8, torch.float32, CPU, Packs())[-1]) is None
+    for layer in read(ddpm_unet(block_out_channels=(24, 40), norm_num_groups=4)).layers:
+        sizes = (
+            (layer.source.channels,) if isinstance(layer, Norm) else getattr(layer, "weight", torch.ones(9)).shape[:2]
+        )
+        fits = not left_to_the_library(layer) and all(size % 16 == 0 or size == 3 for size in sizes)
+        assert bool(gpu_layers.listed(layer, 1, 8, 8, torch.bfloat16, *H100)) == fits, layer.name
     for layer in read(unet(width=24)).layers:
         sizes = layer.weight.shape[:2]
         fits = all(size % 16 == 0 or size == 3 for size in sizes)
@@ -102,21 +175,20 @@ def test_no_candidates_without_a_gpu_or_for_layers_that_do_not_fit():
     assert gpu_layers.listed(network.layers[1], 2**25, 8, 8, torch.bfloat16, *H100) == []
 
 
-def layers_of_the_tutorial() -> list[tuple[Conv | Up, int]]:
-    network = read(UNet(device="cpu").eval())
-    placed = [(layer, 0 if layer.source is None else layer.source.buffer.level) for layer in network.layers]
-    return [(layer, 32 >> level) for layer, level in placed if not isinstance(layer, gpu_layers.Output)]
+@functools.cache
+def products() -> list[tuple[Conv | Up | Linear, int, int, int]]:
+    return products_of(UNet().eval(), 32) + products_of(DDPMUNet().eval(), 32)
 
 
 @pytest.mark.parametrize("numbers", [H100, A100], ids=["H100", "A100"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_tiles_suit_the_layer(dtype, numbers):
-    for layer, side in layers_of_the_tutorial():
+    for layer, side, channels, _ in products():
         for n in (1, 16, 64, 512):
             rows = n * side * side
-            found = [c for c in gpu_layers.listed(layer, n, side, side, dtype, *numbers) if c.kind in ("conv", "up")]
+            listed = gpu_layers.listed(layer, n, side, side, dtype, *numbers)
+            found = [c for c in listed if c.kind in ("conv", "linear", "up", "doubled")]
             assert len(found) <= gpu_layers.TILES
-            channels = layer.weight.shape[0 if isinstance(layer, Up) else 1]
             for tile in (candidate.tile for candidate in found):
                 assert channels % tile.k == 0
                 assert tile.m < 2 * max(rows, 16)

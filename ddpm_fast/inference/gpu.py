@@ -1,9 +1,11 @@
-"""Implementations on NVIDIA GPUs: the Triton kernels of backends/triton/conv.py and conv_output.py.
+"""Implementations on NVIDIA GPUs: the Triton kernels of backends/triton/conv.py, norm.py and conv_output.py.
 
-    triton 128x64x64 split 2   convolution or transposed convolution as implicit GEMM, by the tile of a program
+    triton 128x64x64 split 2   convolution (3x3, 1x1, transposed) as implicit GEMM, by the tile of a program
+    triton doubled 128x64x64   3x3 of the image with doubled pixels: 16 products for four pixels in place of 36
     triton window 64x64x64     2x2 images, 4 in -> 4 out as one dense matrix: no products with padding
     triton point 16x64x64      1x1 images: the centre tap alone
-    triton                     the last 1x1 layer in float32
+    triton 32 x 16 warps       GroupNorm, SiLU and modulation in one pass, by the channels of a program
+    triton                     the last layer in float32
 
 Channels (but an image's) have to be multiples of 16. Nothing here was measured; per layer a few configurations are
 listed, and the trial checks each one and takes the fastest of all.
@@ -45,9 +47,12 @@ def output_step(layer: Output, place: Place) -> Step | None:
 
     In place of `TritonOutput` followed by ``ops.ddpm_step`` and with the same result, see backends/triton/
     conv_output.py. For runs without guidance, given noise and thresholding, whose batch is one chunk. None where it
-    cannot serve: another device, channels that are no multiple of 16, sides whose product is no multiple of 4.
+    cannot serve: another device, a 3x3 layer, channels that are no multiple of 16, sides whose product is no multiple
+    of 4.
     """
     if place.device.type != "cuda" or backend.unavailable_reason(place.device) is not None or place.h * place.w % 4:
+        return None
+    if layer.weight.shape[-1] != 1:
         return None
     from ..backends.triton.conv_output import Output as Launch
     from .gpu_layers import listed

@@ -7,13 +7,14 @@ from typing import TypeGuard
 
 import torch
 
-from ..backends.triton.conv_call import MAX_ROWS, Tile, first_terms, pack
+from ..backends.triton.conv_call import MAX_PIXELS, Tile, first_terms, pack
 from ..backends.triton.conv_call import Conv as ConvLaunch
 from ..backends.triton.conv_output import MAX_OUTPUTS
 from ..backends.triton.conv_output import Output as OutputLaunch
+from ..backends.triton.norm import Norm as NormLaunch
 from .candidate import Bound, Candidate, Frame, Place
-from .gpu_tiles import tiles
-from .network import Conv, Layer, Output, Up
+from .gpu_tiles import spans, tiles
+from .network import Conv, Layer, Linear, Norm, Output, Up
 
 TILES = 4
 """Configurations listed per layer. The tutorial U-Net has about 60 different kernels then, half a second of compilation
@@ -33,14 +34,17 @@ def listed(
         return []
     if not serves(layer):
         return []
-    rows = n * h * w
     if isinstance(layer, Output):
         outputs, channels = layer.weight.shape[:2]
         return [TritonOutput()] if channels % 16 == 0 and outputs <= MAX_OUTPUTS else []
-    up = not isinstance(layer, Conv)
-    columns, channels = layer.weight.shape[int(up)], layer.weight.shape[1 - int(up)]
-    image = isinstance(layer, Conv) and layer.source is None
-    if columns % 16 or (channels % 16 and not image) or rows > MAX_ROWS:
+    if isinstance(layer, Norm):
+        channels = layer.source.channels
+        return [TritonNorm(*found) for found in spans(channels, layer.groups)] if channels % 16 == 0 else []
+    up = isinstance(layer, Up)
+    columns, channels = layer.weight.shape[up], layer.weight.shape[not up]
+    image, doubled = layer.source is None, isinstance(layer, Conv) and layer.resample == "up"
+    rows = n * h * w
+    if columns % 16 or (channels % 16 and not image) or rows * (4 if up or doubled else 1) > MAX_PIXELS:
         return []
     if image:
         k = first_terms(channels)
@@ -52,39 +56,42 @@ def listed(
         found = tiles(rows, columns, quarters, channels, taps, dtype, multiprocessors, capability, TILES, largest)
         return [TritonConv(kind, tile) for tile in found]
 
-    if up:
+    if isinstance(layer, Up):
         return of("up", rows, 1, 4)
+    if isinstance(layer, Linear):
+        return of("linear", rows, 1, 1)
+    if doubled:
+        return of("doubled", rows, 4, 4)
     if h == w == 1:
         return of("point", n, 1, 1)
-    dense = h == w == 2 and n >= WINDOW_IMAGES and isinstance(layer, Conv) and layer.pooled is None
+    dense = h == w == 2 and n >= WINDOW_IMAGES and layer.pooled is None
     return [*(of("window", n, 4, 4) if dense else []), *of("conv", rows, 9, 1)]
 
 
-def serves(layer: Layer) -> TypeGuard[Conv | Up | Output]:
-    """What these kernels compute: no resampling, no residual, no norm or attention, a 1x1 layer at the end."""
+def serves(layer: Layer) -> TypeGuard[Conv | Up | Linear | Norm | Output]:
+    """What these kernels compute: no stride of 2, no attention."""
     if isinstance(layer, Conv):
-        return layer.resample == "none" and layer.residual is None
-    return isinstance(layer, Up) or (isinstance(layer, Output) and layer.weight.shape[-1] == 1)
+        return layer.resample == "none" or (layer.resample == "up" and layer.source is not None)
+    return isinstance(layer, (Up, Linear, Norm, Output))
 
 
 @dataclasses.dataclass(frozen=True)
 class TritonConv:
-    """A Conv or an Up by one configuration. kind: see backends/triton/conv.py."""
+    """A Conv, an Up or a Linear by one configuration. kind: one of backends/triton/conv_call.py's."""
 
     kind: str
     tile: Tile
 
     @property
     def name(self) -> str:
-        return f"triton {self.kind + ' ' if self.kind in ('window', 'point') else ''}{self.tile}"
+        return f"triton {self.kind + ' ' if self.kind in ('doubled', 'window', 'point') else ''}{self.tile}"
 
     def prepare(self, layer: Layer, place: Place) -> Bound:
         assert place.target is not None
-        assert isinstance(layer, (Conv, Up))
+        assert isinstance(layer, (Conv, Up, Linear))
         convolution = layer if isinstance(layer, Conv) else None
-        packed = place.packs.get(
-            layer, ("triton", self.kind, place.dtype), lambda: pack(self.kind, layer.weight, place.dtype)
-        )
+        kind, dtype = self.kind, place.dtype  # what is kept must not hold on to the place, which goes
+        packed = place.packs.get(layer, ("triton", kind, dtype), lambda: pack(kind, layer.weight, dtype))
         launch = ConvLaunch(
             self.kind,
             place.source,
@@ -93,6 +100,7 @@ class TritonConv:
             place.target,
             self.tile,
             pooled=place.pooled,
+            residual=place.residual,
             silu=convolution is not None and convolution.silu,
             first_column=None if convolution is None else convolution.temb,
             channels=layer.weight.shape[1],
@@ -100,6 +108,40 @@ class TritonConv:
 
         def run(frame: Frame) -> None:
             launch(frame.x, frame.time_table, frame.time_rows, frame.label_table, frame.label_rows)
+
+        return run
+
+
+@dataclasses.dataclass(frozen=True)
+class TritonNorm:
+    """A Norm by programs of `span` channels and at most `warps` warps."""
+
+    span: int
+    warps: int
+
+    @property
+    def name(self) -> str:
+        return f"triton {self.span} x {self.warps} warps"
+
+    def prepare(self, layer: Layer, place: Place) -> Bound:
+        assert place.source is not None
+        assert place.target is not None
+        assert isinstance(layer, Norm)
+        launch = NormLaunch(
+            place.source,
+            layer.weight,
+            layer.bias,
+            place.target,
+            layer.groups,
+            layer.eps,
+            self.span,
+            self.warps,
+            silu=layer.silu,
+            first_column=layer.modulation,
+        )
+
+        def run(frame: Frame) -> None:
+            launch(frame.time_table, frame.time_rows, frame.label_table, frame.label_rows)
 
         return run
 
@@ -113,7 +155,9 @@ class TritonOutput:
     def prepare(self, layer: Layer, place: Place) -> Bound:
         assert place.source is not None
         assert isinstance(layer, Output)
-        launch = OutputLaunch(place.source, layer.weight, layer.bias)
+        # channels_last; of a 1x1 layer that is the weight itself.
+        weight = place.packs.get(layer, "triton", lambda: layer.weight.contiguous(memory_format=torch.channels_last))
+        launch = OutputLaunch(place.source, weight, layer.bias)
 
         def run(frame: Frame) -> None:
             launch(frame.out)

@@ -1,8 +1,9 @@
-"""Which few configurations of the Triton convolution are worth a trial for one layer.
+"""Which few configurations of the Triton kernels are worth a trial for one layer.
 
-A model of a program's time ranks them: products at the rate of the tensor cores, operands at the rate of the L2 cache,
-the fixed cost of a pass and of a program, and how evenly the programs fill the processors. It only prunes; the trial on
-the device decides. Its constants are those of data sheets and compiled code, none of them measured here.
+A model of a program's time ranks those of a convolution: products at the rate of the tensor cores, operands at the
+rate of the L2 cache, the fixed cost of a pass and of a program, and how evenly the programs fill the processors. It
+only prunes; the trial on the device decides. Its constants are those of data sheets and compiled code, none of them
+measured here.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import math
 import torch
 
 from ..backends.triton.conv_call import Tile
+from ..backends.triton.norm import MAX_SPAN
 
 ROWS, COLUMNS, SPLITS = (128, 64, 32, 16), (128, 64, 32), (1, 2, 4, 8, 16)
 
@@ -92,3 +94,16 @@ def cycles(
     return total + (
         REDUCE + 2 * tile.splits * rows * columns * quarters * 4 / L2_BYTES / processors if tile.splits > 1 else 0
     )
+
+
+def spans(channels: int, groups: int) -> list[tuple[int, int]]:
+    """(channels, warps) of a program of a GroupNorm, most promising first: at least 32 channels, two sectors of memory
+    in half precision, and where there are more, as many as one may have. Nothing where a group has more than that."""
+    width = channels // groups
+    fitting = range(width, min(channels, MAX_SPAN) + 1, width)
+    aligned = [span for span in fitting if span % 8 == 0] or list(fitting)
+    if not aligned:
+        return []
+    least = next((span for span in aligned if span >= 32), aligned[-1])
+    found = [(least, 16), (aligned[-1], 16), (least, 8)]
+    return list(dict.fromkeys(found))

@@ -78,7 +78,7 @@ def make(
         _measured[key] = (choices, None if plan.module is None else plan.module.dtype)
         while len(_measured) > KEPT_MEASUREMENTS:
             _measured.popitem(last=False)
-    if plan.module is None and not deterministic:
+    if plan.module is None and not deterministic and network.out_channels == network.in_channels:
         plan.run(frame.x, frame.out, frame.time_table, frame.time_rows)
         plan.step = paying_step(network.layers[-1], spots[-1], bounds[-1], frame)
     return plan
@@ -86,7 +86,7 @@ def make(
 
 def _faster(plan: Plan, frame: Frame, modules: list[Module]) -> Module | None:
     """The model itself, in the dtype asked for or in the one that the plan stores, where that is the fastest of all."""
-    out = torch.zeros_like(frame.x)
+    out = torch.zeros_like(frame.out)
 
     def run() -> None:
         plan.run(frame.x, out, plan.own_table, plan.own_rows)

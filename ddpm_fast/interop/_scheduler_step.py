@@ -12,6 +12,8 @@ from ..backends import native, reference, resolve
 from ..sampling.thresholding import dynamic_threshold
 from ._scheduler_rows import Placed, Rows
 
+STORED = (torch.float32, torch.bfloat16, torch.float16)
+
 # Draws the noise of a step for a model output: (noise, None) from torch's generator or (None, rng), our keyed noise.
 Draw = Callable[[Tensor], tuple[Tensor | None, Tensor | None]]
 
@@ -60,20 +62,23 @@ def any_step(rows: Rows, row: int, m: Tensor, x: Tensor, draw: Draw | None) -> t
                 )
         else:
             m, learned = m.split(x.shape[1], dim=1)
-    dtype = torch.promote_types(m.dtype, x.dtype)
+    dtype = m.dtype if m.dtype == x.dtype else torch.promote_types(m.dtype, x.dtype)
     dtype = dtype if dtype.is_floating_point else torch.float32
     x0_dtype = m.dtype if rows.x0_is_output else dtype
     state_dtype = torch.float64 if dtype == torch.float64 else torch.float32
-    shape = torch.broadcast_shapes(m.shape, x.shape)
+    shape = x.shape if m.shape == x.shape else torch.broadcast_shapes(m.shape, x.shape)
     noise, rng = draw(m) if draw is not None else (None, None)
 
-    def seen(value: Tensor) -> Tensor:
-        """As the op sees images: samples first, at least one more dimension."""
-        value = value.to(state_dtype).expand(shape)
-        return value.reshape((1,) * (2 - len(shape)) + shape) if len(shape) < 2 else value
+    def seen(value: Tensor, dtypes: tuple[torch.dtype, ...] = ()) -> Tensor:
+        """As the op takes images: of state_dtype or one of dtypes, samples first, at least one more dimension."""
+        value = value if value.dtype in dtypes else value.to(state_dtype)
+        value = value if value.shape == shape else value.expand(shape)
+        return value if len(shape) > 1 else value.reshape((1,) * (2 - len(shape)) + shape)
 
     placed = rows.on(x.device)
-    output, state = seen(m), seen(x).clone()
+    output, state = seen(m, STORED), seen(x)
+    if state.dtype == x.dtype or state.shape != x.shape:  # else it is a copy already
+        state = state.clone()
     threshold = None
     if rows.threshold is not None:
         a, b = placed.table[row, 0], placed.table[row, 1]
@@ -81,7 +86,10 @@ def any_step(rows: Rows, row: int, m: Tensor, x: Tensor, draw: Draw | None) -> t
     logvar = log_range = None
     if learned is not None and draw is not None:
         # The variance itself, or where its logarithm lies in the row's range.
-        logvar, log_range = seen(learned.to(state_dtype).log() if rows.log_range is None else learned), placed.log_range
+        logvar, log_range = (
+            seen(learned if rows.log_range is not None else learned.to(state_dtype).log()),
+            placed.log_range,
+        )
     noise = seen(noise) if noise is not None else None
     x0 = torch.empty_like(state)
     if torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in (output, state, noise, logvar)):
@@ -94,4 +102,6 @@ def any_step(rows: Rows, row: int, m: Tensor, x: Tensor, draw: Draw | None) -> t
             state, output, placed.table, placed.t_of_row, placed.row(row), rng,
             noise=noise, logvar=logvar, logvar_range=log_range, threshold=threshold, x0_out=x0,
         )  # fmt: skip
-    return state.reshape(shape).to(dtype), x0.reshape(shape).to(x0_dtype)
+    if len(shape) < 2:
+        state, x0 = state.reshape(shape), x0.reshape(shape)
+    return state.to(dtype), x0.to(x0_dtype)

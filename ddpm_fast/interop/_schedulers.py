@@ -6,9 +6,7 @@ Configuration, timesteps, saving, loading and output classes are diffusers' own,
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,24 +23,12 @@ from ._scheduler_output import maker
 from ._scheduler_rows import Rows, Timeline, as_index
 from ._scheduler_step import any_step, is_plain, plain_step
 from ._schedules import schedule_of
+from ._signature import signature_of
 
 Generators = torch.Generator | list[torch.Generator] | None
 Pair = tuple[Tensor | None, Tensor | None]
 _ddpm_output = maker(ddpm.DDPMSchedulerOutput, "prev_sample", "pred_original_sample")
 _ddim_output = maker(ddim.DDIMSchedulerOutput, "prev_sample", "pred_original_sample")
-Init = TypeVar("Init", bound=Callable[..., None])
-
-
-def _signature_of(theirs: type, **ours: Any) -> Callable[[Init], Init]:
-    """Gives a constructor the signature of diffusers' (which `from_config` reads) and our keywords with defaults."""
-
-    def sign(init: Init) -> Init:
-        shown = inspect.signature(theirs.__init__)  # type: ignore[misc]
-        added = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=value) for name, value in ours.items()]
-        init.__signature__ = shown.replace(parameters=[*shown.parameters.values(), *added])  # type: ignore[attr-defined]
-        return init
-
-    return sign
 
 
 class _Fused:
@@ -73,9 +59,9 @@ class _Fused:
         self.compat, self.seed, self.first_sample = compat, seed, 0
         # Pipelines save the name of the module that an object gives: theirs, so that their folder needs no ddpm_fast.
         self.__module__ = "diffusers"
-        self._alphas_cumprod_made = self.alphas_cumprod
-        self._schedules: dict[str, Any] = {}
-        self._rngs: dict[Any, Tensor] = {}
+        self._made = self.alphas_cumprod
+        self._float64: tuple[Tensor, Schedule] | None = None
+        self._rng: tuple[Any, Tensor] | None = None
         self._line: Timeline | None = None
 
     @classmethod
@@ -89,26 +75,21 @@ class _Fused:
 
     def __getstate__(self) -> dict[str, Any]:
         # Addresses of tensors mean nothing in a copy.
-        return {**self.__dict__, "_line": None, "_rngs": {}}
+        return {**self.__dict__, "_line": None, "_rng": None}
 
     # -- what the steps need --------------------------------------------------------------------------------------
 
     def _schedule(self) -> Schedule:
         """In float64: the config's, or that of `alphas_cumprod` where a caller has put other values there."""
         values = self.alphas_cumprod
-        if values is not self._alphas_cumprod_made and self._schedules.get("given") is not values:
-            self._schedules["given"] = values
-            if torch.equal(values.cpu(), self._alphas_cumprod_made.cpu()):
-                self._schedules.pop("replaced", None)
+        if self._float64 is None or self._float64[0] is not values:
+            if values is self._made or torch.equal(values.cpu(), self._made.cpu()):
+                schedule = schedule_of(self.config)
             else:
                 cumprod = values.double().cpu().numpy()
-                betas = 1.0 - cumprod / np.concatenate([[1.0], cumprod[:-1]])
-                self._schedules["replaced"] = Schedule.from_betas(betas)
-        if values is not self._alphas_cumprod_made and "replaced" in self._schedules:
-            return self._schedules["replaced"]  # type: ignore[no-any-return]
-        if "config" not in self._schedules:
-            self._schedules["config"] = schedule_of(self.config)
-        return self._schedules["config"]  # type: ignore[no-any-return]
+                schedule = Schedule.from_betas(1.0 - cumprod / np.concatenate([[1.0], cumprod[:-1]]))
+            self._float64 = values, schedule
+        return self._float64[1]
 
     def _timeline(self) -> Timeline:
         state = self.__dict__  # past ConfigMixin.__getattr__, which makes every attribute slower
@@ -140,9 +121,9 @@ class _Fused:
                 "make one without seed= to draw from a generator"
             )
         key = self.seed, self.first_sample, m.device
-        if key not in self._rngs:
-            self._rngs = {key: make_rng(*key)}
-        return None, self._rngs[key]
+        if self._rng is None or self._rng[0] != key:
+            self._rng = key, make_rng(*key)
+        return None, self._rng[1]
 
     def _advance(
         self,
@@ -190,7 +171,7 @@ class DDPMScheduler(_Fused, ddpm.DDPMScheduler):
     `compat=True` gives diffusers' numbers.
     """
 
-    @_signature_of(ddpm.DDPMScheduler, compat=False, seed=None)
+    @signature_of(ddpm.DDPMScheduler, compat=False, seed=None)
     def __init__(self, *args: Any, compat: bool = False, seed: int | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._choose(compat, seed)
@@ -254,7 +235,7 @@ class DDIMScheduler(_Fused, ddim.DDIMScheduler):
     the last one at the data; no timestep -1 in trailing lists. `compat=True` gives diffusers' numbers.
     """
 
-    @_signature_of(ddim.DDIMScheduler, compat=False, seed=None)
+    @signature_of(ddim.DDIMScheduler, compat=False, seed=None)
     def __init__(self, *args: Any, compat: bool = False, seed: int | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._choose(compat, seed)

@@ -4,7 +4,8 @@
     pipeline = diffusers.DDPMPipeline.from_pretrained(folder)
     pipeline.scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
 
-The schedulers are subclasses of diffusers' own; see `DDPMScheduler` and `DDIMScheduler` for what they compute better.
+All are subclasses of diffusers' own; see `DDPMScheduler` and `DDIMScheduler` for what they compute better. What is
+saved is as diffusers saves it, and needs no ddpm_fast to be loaded; a pipeline loaded again has diffusers' classes.
 """
 
 from __future__ import annotations
@@ -17,5 +18,7 @@ except ImportError as error:
     ) from error
 
 from ._schedulers import DDIMScheduler, DDPMScheduler
+from ._unet2d import UNet2DModel
+from ._unets import from_diffusers, to_diffusers
 
-__all__ = ["DDIMScheduler", "DDPMScheduler"]
+__all__ = ["DDIMScheduler", "DDPMScheduler", "UNet2DModel", "from_diffusers", "to_diffusers"]

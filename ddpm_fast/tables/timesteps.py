@@ -40,7 +40,8 @@ def trailing_floor(T: int, steps: int) -> Timesteps:
 def linspace(T: int, steps: int) -> Timesteps:
     """Both ends included, rounded: for T=1000, steps=50: 999, 979, 958, ..., 20, 0. One step starts at T - 1."""
     upwards: Timesteps = np.round(np.linspace(0, T - 1, max(steps, 2))).astype(np.int64)
-    return upwards[::-1][:steps].copy()
+    downwards: Timesteps = upwards[::-1][:steps].copy()
+    return downwards
 
 
 def linspace_open(T: int, steps: int) -> Timesteps:

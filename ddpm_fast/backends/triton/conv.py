@@ -1,16 +1,21 @@
-"""Convolutions of a fused network as implicit GEMM: y = act(conv(x) + bias) + temb, written where it belongs.
+"""Convolutions of a fused network as implicit GEMM: y = act(conv(x) + bias) + temb + residual, put where it belongs.
 
-Rows are pixels, columns are output channels, and the sum runs over taps x input channels. Five layers are one kernel:
+Rows are pixels, columns are output channels, and the sum runs over taps x input channels. Seven layers are one kernel:
 
-| KIND   | layer                                    | rows          | taps | quarters |
-|--------|------------------------------------------|---------------|------|----------|
-| conv   | 3x3, padding 1                           | pixels        | 9    | 1        |
-| first  | the same, of the image itself            | pixels        | 9    | 1        |
-| up     | transposed, 2x2, stride 2                | source pixels | 1    | 4        |
-| window | 3x3 on 2x2 images: all pixels at once    | images        | 4    | 4        |
-| point  | 3x3 on 1x1 images: the centre tap        | images        | 1    | 1        |
+| KIND    | layer                                    | rows          | taps | quarters |
+|---------|------------------------------------------|---------------|------|----------|
+| conv    | 3x3, padding 1                           | pixels        | 9    | 1        |
+| conv    | 1x1                                      | pixels        | 1    | 1        |
+| first   | 3x3, padding 1, of the image itself      | pixels        | 9    | 1        |
+| up      | transposed, 2x2, stride 2                | source pixels | 1    | 4        |
+| doubled | 3x3 on the image with doubled pixels     | source pixels | 4    | 4        |
+| window  | 3x3 on 2x2 images: all pixels at once    | images        | 4    | 4        |
+| point   | 3x3 on 1x1 images: the centre tap        | images        | 1    | 1        |
 
-A quarter is one of the four pixels that a row of ``up`` or ``window`` makes; a program's columns lie within one.
+A quarter is one of the four pixels that a row of ``up``, ``doubled`` or ``window`` makes; a program's columns lie
+within one. In a doubled image three rows of taps meet two rows of the source: the first tap one and the others the next
+in the upper quarters, the first two one and the last the next in the lower, and likewise in columns. So each quarter is
+a 2x2 convolution with taps added up beforehand: 16 products for four pixels in place of 36.
 
 The taps and the channels are one flattened loop, which Triton pipelines. Triton is known to miscompile such a loop for
 8 warps and more, silently (triton#1254, pytorch#173068), hence MAX_WARPS. No configuration may be used unchecked:
@@ -85,6 +90,7 @@ def _conv_kernel(
     weight_ptr,
     bias_ptr,
     target_ptr,
+    residual_ptr,
     pooled_ptr,
     partial_ptr,
     rows,
@@ -94,6 +100,7 @@ def _conv_kernel(
     columns,
     source_stride,
     target_stride,
+    residual_stride,
     pooled_stride,
     table_stride,
     first_column,
@@ -144,13 +151,17 @@ def _conv_kernel(
             else:
                 tap = i // chunks
                 shift = (i - tap * chunks) * BLOCK_K
-                if KIND == "conv":
-                    dy = tap // 3 - 1
-                    dx = tap - 3 * (dy + 1) - 1
+                if KIND == "window":
+                    shift += tap * source_stride
+                else:
+                    if KIND == "conv":
+                        dy = tap // 3 - 1
+                        dx = tap - 3 * (dy + 1) - 1
+                    else:
+                        dy = tap // 2 + quarter // 2 - 1
+                        dx = tap % 2 + quarter % 2 - 1
                     shift += (dy * w + dx) * source_stride
                     mask = mask & (y + dy >= 0) & (y + dy < h) & (x + dx >= 0) & (x + dx < w)
-                else:
-                    shift += tap * source_stride
             tile = load_operand(source_ptrs + shift, mask[:, None])
             weight = load_operand(weight_ptrs, weight_mask)
             if source_ptr.dtype.element_ty == tl.float32 and not INTERPRETED:
@@ -181,6 +192,8 @@ def _conv_kernel(
             first_column,
             target_ptr,
             target_stride,
+            residual_ptr,
+            residual_stride,
             pooled_ptr,
             pooled_stride,
             h,
@@ -204,6 +217,7 @@ def _reduce_kernel(
     label_count,
     bias_ptr,
     target_ptr,
+    residual_ptr,
     pooled_ptr,
     partial_ptr,
     rows,
@@ -211,6 +225,7 @@ def _reduce_kernel(
     w,
     columns,
     target_stride,
+    residual_stride,
     pooled_stride,
     table_stride,
     first_column,
@@ -257,6 +272,8 @@ def _reduce_kernel(
         first_column,
         target_ptr,
         target_stride,
+        residual_ptr,
+        residual_stride,
         pooled_ptr,
         pooled_stride,
         h,

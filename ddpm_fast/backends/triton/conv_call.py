@@ -11,15 +11,27 @@ from torch import Tensor
 from .conv import MAX_WARPS, _conv_kernel, _reduce_kernel
 from .launch import launch, power_of_two
 
-KINDS = ("conv", "first", "up", "window", "point")
+KINDS = ("conv", "linear", "first", "up", "doubled", "window", "point")
+"""What a layer is bound as: those of conv.py, of which "linear" is its 1x1 "conv"."""
+
+QUARTERED = ("up", "doubled", "window")
+"""Four target pixels to a row."""
+
+TAPS = {"conv": 9, "doubled": 4, "window": 4}
+"""Of a row's sum, where there are several."""
+
 REDUCE_ROWS, REDUCE_COLUMNS = 16, 64
 """The tile of a program that adds the parts of a split sum: small, for the sums that are split have few rows."""
 
 LARGE = 8192
 """Elements of a tile from which embeddings looked up for every row would not fit beside it in registers."""
 
-MAX_ROWS = 2**31 - 2**16
-"""Rows that int32 can number, the rounding up to a whole tile included."""
+MAX_PIXELS = 2**31 - 2**16
+"""Pixels of a target that int32 can number, the rounding up of the rows to a whole tile included."""
+
+
+NO_TABLES: tuple[Any, ...] = (None, None, 0, None, None, 0)
+"""`tables_of` for a layer without an embedding."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,11 +58,21 @@ def first_terms(channels: int) -> int:
 def pack(kind: str, weight: Tensor, dtype: torch.dtype) -> Tensor:
     """Weights as the kernel reads them, [taps x channels, quarters x columns], contiguous.
 
-    weight: [out, in, 3, 3], for "up" [in, out, 2, 2]. dtype: of the products; a "first" layer always multiplies in
-    float32, for its sum is short and rounding the image would be its largest error.
+    weight: [out, in, 3, 3], for "up" [in, out, 2, 2], for "linear" [out, in]. dtype: of the products; a "first" layer
+    always multiplies in float32, for its sum is short and rounding the image would be its largest error.
     """
     if kind == "up":
         packed = weight.permute(0, 2, 3, 1).flatten(1)
+    elif kind == "linear":
+        packed = weight.t()
+    elif kind == "doubled":
+        # The taps [first and one past the last] that meet source row a of a quarter, and likewise its columns.
+        meet = {(0, 0): (0, 1), (0, 1): (1, 3), (1, 0): (0, 2), (1, 1): (2, 3)}
+        blocks = []
+        for tap in range(4):
+            runs = [(meet[q // 2, tap // 2], meet[q % 2, tap % 2]) for q in range(4)]
+            blocks.append(torch.cat([weight[:, :, slice(*y), slice(*x)].sum((2, 3)).t() for y, x in runs], dim=1))
+        packed = torch.cat(blocks)
     elif kind == "window":
         # Pixel p of the source reaches pixel q of the target through tap p - q + 1, in each of both directions.
         blocks = [
@@ -80,13 +102,22 @@ def images_of(kind: str, pixels: int, rows: int, columns: int) -> int:
     return max(16, power_of_two(rows // pixels if whole else (rows - 2) // pixels + 2))
 
 
+def tables_of(
+    time_table: Tensor, time_rows: Tensor | None, label_table: Tensor | None, label_rows: Tensor | None
+) -> tuple[tuple[Any, ...], int]:
+    """What ``conv_epilogue.embedding`` takes: tables, rows and their counts; and the columns of a table."""
+    labels = (None, None, 0) if label_table is None else (label_table, label_rows, label_table.shape[0])
+    return (time_table, time_rows, time_table.shape[0], *labels), time_table.shape[1]
+
+
 class Conv:
     """One layer at one place, ready to launch.
 
-    kind: see conv.py. source, target: [n, h, w, channels] views of channels-last buffers: stride 1 over channels, and
+    kind: one of KINDS. source, target: [n, h, w, channels] views of channels-last buffers: stride 1 over channels, and
     the stride of dimension 2 that of every pixel (in a slice of a contiguous tensor it is, even of one pixel). source
     is None for "first", whose images (float32 NCHW contiguous, ``channels`` of them) come with each call. pooled: gets
-    the 2x2 maximum of the target, or None; only of "conv" and "first". packed: `pack`'s. bias: float32 [columns].
+    the 2x2 maximum of the target, or None; only of "conv" and "first". residual: [n, h, w, columns] as target, to be
+    added, or None; not where it is pooled. packed: `pack`'s. bias: float32 [columns].
     first_column: of the tables' columns that belong to this layer, or None for no embedding.
     Channels are multiples of 16 (but an image's), and tile.k divides them (is `first_terms` of an image's); ValueError
     otherwise.
@@ -102,6 +133,7 @@ class Conv:
         tile: Tile,
         *,
         pooled: Tensor | None = None,
+        residual: Tensor | None = None,
         silu: bool = False,
         first_column: int | None = None,
         channels: int | None = None,
@@ -109,16 +141,18 @@ class Conv:
         if kind not in KINDS:
             raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
         n, th, tw, columns = target.shape
-        h, w = (th // 2, tw // 2) if kind == "up" else (th, tw)
+        h, w = (th // 2, tw // 2) if kind in ("up", "doubled") else (th, tw)
         if source is not None:
             channels = source.shape[3]
         assert channels is not None
         self._check(kind, channels, columns, h, w, tile, pooled)
         rows = n if kind in ("window", "point") else n * h * w
-        if rows > MAX_ROWS:
-            raise ValueError(f"a layer can have at most {MAX_ROWS} rows, got {rows}; use smaller batches")
-        taps = {"conv": 9, "window": 4}.get(kind, 1)
-        quarters = 4 if kind in ("up", "window") else 1
+        if n * th * tw > MAX_PIXELS:
+            raise ValueError(f"a layer can have at most {MAX_PIXELS} pixels, got {n * th * tw}; use smaller batches")
+        if pooled is not None and residual is not None:
+            raise ValueError("a layer is pooled or has a residual added, not both")
+        taps = TAPS.get(kind, 1)
+        quarters = 4 if kind in QUARTERED else 1
         source_stride = 0 if source is None else source.stride(2)
         if kind == "window" and source_stride == channels:
             taps, channels = 1, 4 * channels  # the four pixels lie in a row: one longer sum, no taps
@@ -128,14 +162,15 @@ class Conv:
         splits = -(-passes // span)  # none of them empty
 
         pooled_stride = 0 if pooled is None else pooled.stride(2)
+        residual_stride = 0 if residual is None else residual.stride(2)
         pixels = n * h * w
         reach = max(
             pixels * (channels if source is None else source_stride),
-            n * th * tw * target.stride(2),
+            n * th * tw * max(target.stride(2), residual_stride),
             pixels // 4 * pooled_stride,
         )
         wide = reach >= 2**31 - 2**24  # the masked rows behind the last one count too
-        constants = {"KIND": kind, "QUARTERS": quarters, "SILU": silu, "WIDE": wide}
+        constants = {"KIND": "conv" if kind == "linear" else kind, "QUARTERS": quarters, "SILU": silu, "WIDE": wide}
         blocks = -(-columns // tile.n) * quarters
         self._on = target
         self._embedded = first_column is not None
@@ -145,8 +180,10 @@ class Conv:
         workspace = None
         if splits > 1:
             workspace = torch.empty(splits, rows, quarters * columns, dtype=torch.float32, device=target.device)
-        sizes = (source_stride, target.stride(2), pooled_stride)
-        self._args = (packed, bias, target, pooled, workspace, rows, h, w, channels, columns, *sizes)
+        strides = (target.stride(2), residual_stride, pooled_stride)
+        added = residual if splits == 1 else None
+        sizes = (rows, h, w, channels, columns, source_stride)
+        self._args = (packed, bias, target, added, pooled, workspace, *sizes, *strides)
         self._last = (first_column or 0, span)
         self._constants: dict[str, Any] = {
             **constants,
@@ -162,7 +199,7 @@ class Conv:
         if splits > 1:
             block_n = min(REDUCE_COLUMNS, power_of_two(columns))
             self._reduce_grid = (-(-rows // REDUCE_ROWS) * -(-columns // block_n) * quarters,)
-            self._reduce_args = (bias, target, pooled, workspace, rows, h, w, columns, *sizes[1:])
+            self._reduce_args = (bias, target, residual, pooled, workspace, rows, h, w, columns, *strides)
             self._reduce_constants = {
                 **constants,
                 "PARTS": splits,
@@ -180,7 +217,7 @@ class Conv:
             raise ValueError(f'tile.k of a "first" layer must be {first_terms(channels)}, got {tile.k}')
         if kind != "first" and channels % tile.k:
             raise ValueError(f"tile.k must divide the {channels} channels of the source, got {tile.k}")
-        if tile.warps > MAX_WARPS and kind in ("conv", "window"):
+        if tile.warps > MAX_WARPS and kind in TAPS:
             raise ValueError(f"a sum over several taps takes at most {MAX_WARPS} warps (see conv.py), got {tile.warps}")
         if kind == "first" and tile.splits > 1:
             raise ValueError(f'the sum of a "first" layer is one block and cannot be split, got {tile.splits} parts')
@@ -198,19 +235,16 @@ class Conv:
         label_rows: Tensor | None = None,
     ) -> None:
         """Launch. x: the images of a "first" layer. Tables: float32 [entries, columns] contiguous; rows: int64 [n]."""
-        tables: tuple[Any, ...] = (None, None, 0, None, None, 0)
-        stride = 0
+        tables, stride = (NO_TABLES, 0)
         if self._embedded and time_table is not None:
-            labels = (None, None, 0) if label_table is None else (label_table, label_rows, label_table.shape[0])
-            tables = (time_table, time_rows, time_table.shape[0], *labels)
-            stride = time_table.shape[1]
+            tables, stride = tables_of(time_table, time_rows, label_table, label_rows)
         source = x if self._source is None else self._source
         launch(
             _conv_kernel,
             self._grid,
             self._on,
             source,
-            *(tables if self._splits == 1 else (None, None, 0, None, None, 0)),
+            *(tables if self._splits == 1 else NO_TABLES),
             *self._args,
             stride,
             *self._last,

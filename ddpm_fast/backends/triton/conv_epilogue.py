@@ -68,7 +68,7 @@ def pixel_of_row(m, h, w, KIND: tl.constexpr, POOLED: tl.constexpr):
 @triton.jit
 def target_pixel(m, image, y, x, quarter, h, w, KIND: tl.constexpr, POOLED: tl.constexpr):
     """The number of the pixel that row m and a quarter write."""
-    if KIND == "up":
+    if KIND == "up" or KIND == "doubled":
         pixel = (image * (2 * h) + 2 * y + quarter // 2) * (2 * w) + 2 * x + quarter % 2
     elif KIND == "window":
         pixel = image * 4 + quarter
@@ -128,6 +128,8 @@ def finish(
     first_column,
     target_ptr,
     target_stride,
+    residual_ptr,
+    residual_stride,
     pooled_ptr,
     pooled_stride,
     h,
@@ -139,7 +141,7 @@ def finish(
     EVEN: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """Bias, activation, time and class embedding, and the stores, of sums acc [rows from first_row on, columns].
+    """Bias, activation, time and class embedding, residual and stores, of sums acc [rows from first_row on, columns].
 
     IMAGES: 1 where all rows are of one image, 0 where each is looked up for itself, else a power of two, of at least
     16, that the number of images of a tile does not exceed. An image whose row is outside a table gets NaN.
@@ -178,11 +180,13 @@ def finish(
                 y = tl.dot(mine.to(tl.bfloat16), low, y)
                 y = tl.dot(mine.to(tl.bfloat16), high, y)
         y += nan_outside(time_row_ptr, time_count, label_ptr, label_row_ptr, label_count, whose, exists)
-    if not INTERPRETED:
-        y = y.to(target_ptr.dtype.element_ty)  # rounding keeps the order, and half the registers do for the rest
     pixel = target_pixel(m, image, py, px, quarter, h, w, KIND, POOLED)[:, None]
     if WIDE:
         pixel = pixel.to(tl.int64)
+    if residual_ptr is not None:
+        y += _math.load_image(residual_ptr + pixel * residual_stride + channel, present & inside)
+    if not INTERPRETED:
+        y = y.to(target_ptr.dtype.element_ty)  # rounding keeps the order, and half the registers do for the rest
     _math.store_image(target_ptr + pixel * target_stride + channel, y, present & inside)
     if POOLED:
         # A maximum passes over NaN. It is not lost: y itself, which has it too, is stored for the skip connection.

@@ -1,4 +1,4 @@
-"""The last layer of a network, m = 1x1 convolution in float32, alone or together with the reverse step that uses m.
+"""The last layer of a network, m = 1x1 or 3x3 convolution in float32; a 1x1 also with the reverse step that uses m.
 
 Together, m never goes to memory: x <- c1 x0 + c2 x + c3 m + s z with x0 = clip(a x - b m), see ddpm_step.py. Both
 kernels add up the products of a pixel in the same tiles, and the update is that of ``ops.ddpm_step`` operation by
@@ -37,21 +37,36 @@ def output_tile(
     image,
     pixel,
     inner,
+    w,
+    TAPS: tl.constexpr,
     CHANNELS: tl.constexpr,
     OUTPUTS: tl.constexpr,
     BLOCK_O: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """m, float32 [BLOCK_O, pixels], of pixels [pixels] of one image; with the output channels [BLOCK_O, 1]."""
+    """m, float32 [BLOCK_O, pixels], of pixels [pixels] of one image; with the output channels [BLOCK_O, 1].
+
+    TAPS: 1, or 9 of images w pixels wide. weight: [OUTPUTS, TAPS, CHANNELS]."""
     output = tl.arange(0, BLOCK_O)[:, None]
     c = tl.arange(0, BLOCK_C)[None, :]
     source_ptrs = source_ptr + ((image * inner + pixel) * source_stride)[:, None] + c
+    weight_ptrs = weight_ptr + c
     m = tl.zeros([BLOCK_O, pixel.shape[0]], tl.float32)
-    for first in tl.static_range(0, CHANNELS, BLOCK_C):
-        h = _math.load_image(source_ptrs + first, (pixel < inner)[:, None])
-        for o in tl.static_range(OUTPUTS):
-            weight = tl.load(weight_ptr + o * CHANNELS + first + c)
-            m = tl.where(output == o, m + tl.sum(h * weight, axis=1)[None, :], m)
+    for tap in range(TAPS):
+        tap_ptrs = source_ptrs
+        inside = pixel < inner
+        if TAPS == 9:
+            dy = tap // 3 - 1
+            dx = tap % 3 - 1
+            x = pixel % w + dx
+            tap_ptrs += (dy * w + dx) * source_stride
+            inside = inside & (pixel + dy * w >= 0) & (pixel + dy * w < inner) & (x >= 0) & (x < w)
+        for first in tl.static_range(0, CHANNELS, BLOCK_C):
+            h = _math.load_image(tap_ptrs + first, inside[:, None])
+            for o in tl.static_range(OUTPUTS):
+                weight = tl.load(weight_ptrs + o * TAPS * CHANNELS + first)
+                m = tl.where(output == o, m + tl.sum(h * weight, axis=1)[None, :], m)
+        weight_ptrs += CHANNELS
     bias = tl.load(bias_ptr + output, mask=output < OUTPUTS, other=0.0)
     return m + bias, output
 
@@ -64,7 +79,9 @@ def _output_kernel(
     bias_ptr,
     n,
     inner,
+    w,
     source_stride,
+    TAPS: tl.constexpr,
     CHANNELS: tl.constexpr,
     OUTPUTS: tl.constexpr,
     BLOCK_O: tl.constexpr,
@@ -83,6 +100,8 @@ def _output_kernel(
             image,
             pixel,
             inner,
+            w,
+            TAPS,
             CHANNELS,
             OUTPUTS,
             BLOCK_O,
@@ -128,6 +147,8 @@ def _output_step_kernel(
             image,
             pixel,
             inner,
+            inner,
+            1,
             CHANNELS,
             OUTPUTS,
             BLOCK_O,
@@ -163,7 +184,8 @@ class Output:
     """The last layer at one place, ready to launch.
 
     source: [n, h, w, channels] view of a channels-last buffer, channels a multiple of 16. weight: float32 [outputs,
-    channels, 1, 1], bias: float32 [outputs], both contiguous. At most 8 outputs. ValueError for what it cannot serve.
+    channels, k, k], channels last, k = 1 or 3 (padding 1); bias: float32 [outputs], contiguous. At most 8 outputs.
+    ValueError for what it cannot serve.
     """
 
     def __init__(self, source: Tensor, weight: Tensor, bias: Tensor) -> None:
@@ -173,11 +195,14 @@ class Output:
             raise ValueError(f"channels must be a multiple of 16, got {channels}")
         if outputs > MAX_OUTPUTS:
             raise ValueError(f"at most {MAX_OUTPUTS} output channels are served, got {outputs}")
+        if not weight.is_contiguous(memory_format=torch.channels_last):
+            raise ValueError(f"weight must be channels_last, got strides {weight.stride()}")
         block_c = math.gcd(channels, MAX_BLOCK_C)
         block_p = PRODUCTS // MAX_BLOCK_C
         self._source, self._weights = source, (weight, bias)
         self._grid = (-(-h * w // block_p), *long_axis(n))
-        self._sizes = (n, h * w, source.stride(2))
+        self._sizes = (n, h * w, w, source.stride(2))
+        self._taps = weight.shape[2] * weight.shape[3]
         self._constants = {
             "CHANNELS": channels,
             "OUTPUTS": outputs,
@@ -188,7 +213,8 @@ class Output:
 
     def __call__(self, out: Tensor) -> None:
         """m to out, float32 (n, outputs, h, w) contiguous."""
-        launch(_output_kernel, self._grid, out, self._source, out, *self._weights, *self._sizes, **self._constants)
+        arguments = (self._source, out, *self._weights, *self._sizes)
+        launch(_output_kernel, self._grid, out, *arguments, TAPS=self._taps, **self._constants)
 
     def step(
         self,
@@ -203,9 +229,12 @@ class Output:
         """m and at once ``ops.ddpm_step(x, m, table, t_of_row, row, rng, x0_out=x0_out, bad_row=bad_row)``.
 
         x: float32 (n, outputs, h, w) contiguous, changed in place; the rest as there. For a step without guidance,
-        given noise, thresholding, learned variance and x0_prev. ValueError where h w is not a multiple of 4.
+        given noise, thresholding, learned variance and x0_prev. ValueError where h w is not a multiple of 4, and of a
+        3x3 layer.
         """
-        n, inner, stride = self._sizes
+        n, inner, _, stride = self._sizes
+        if self._taps != 1:
+            raise ValueError(f"only a 1x1 layer and the step are one pass, got {self._taps} taps")
         if inner % 4:
             raise ValueError(f"h x w must be a multiple of 4 for a step in one pass, got {inner}")
         if x.dtype != torch.float32 or not x.is_contiguous():
