@@ -13,8 +13,9 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from candidate import Candidate, Missing, Problem
-from plain import PlainUNet, cast
+from candidate import Candidate, Problem
+from packages import Missing
+from plain import Plain, cast
 from torch import Tensor
 
 Step = Callable[[Tensor, Tensor], Tensor]
@@ -54,12 +55,12 @@ class Baseline(Candidate):
         self.problem = problem
         self.step = self.make(self.network(problem))
 
-    def network(self, problem: Problem) -> PlainUNet:
+    def network(self, problem: Problem) -> Plain:
         """The plain network in this baseline's dtype; half precision is channels_last."""
-        return cast(PlainUNet(problem.unet).eval(), self.dtype)
+        return cast(problem.plain(), self.dtype)
 
     @abstractmethod
-    def make(self, network: PlainUNet) -> Step:
+    def make(self, network: Plain) -> Step:
         """The reverse step around this network, in this baseline's own way."""
 
     def guard(self) -> AbstractContextManager[Any]:
@@ -95,7 +96,7 @@ class Eager32(Baseline):
     def __init__(self) -> None:
         super().__init__(torch.float32)
 
-    def make(self, network: PlainUNet) -> Step:
+    def make(self, network: Plain) -> Step:
         problem = self.problem
         n = problem.case.n
 
@@ -119,11 +120,11 @@ class Eager16(Baseline):
     def __init__(self) -> None:
         super().__init__(torch.bfloat16)
 
-    def make(self, network: PlainUNet) -> Step:
+    def make(self, network: Plain) -> Step:
         return whole_step(network, self.problem, self.dtype)
 
 
-def whole_step(network: PlainUNet, problem: Problem, dtype: torch.dtype) -> Step:
+def whole_step(network: Plain, problem: Problem, dtype: torch.dtype) -> Step:
     """Network and update as one function of (x, row), with everything else in it fixed."""
     n, labels = problem.case.n, problem.labels
     t_of_row, coefficients = problem.t_of_row, problem.coefficients
@@ -142,17 +143,18 @@ def whole_step(network: PlainUNet, problem: Problem, dtype: torch.dtype) -> Step
 class Graph16(Eager16):
     id = "G16"
     what = "eager bfloat16 in a CUDA graph"
-    flags = "E16 with BatchNorm folded (fuse_conv_bn_eval), network, update and randn_like in one torch.cuda.CUDAGraph"
+    flags = "E16, network, update and randn_like in one torch.cuda.CUDAGraph"
 
     def prepare(self, problem: Problem) -> None:
         if problem.device.type != "cuda":
             raise Missing("needs an NVIDIA GPU")
         super().prepare(problem)
 
-    def network(self, problem: Problem) -> PlainUNet:
-        return cast(PlainUNet(problem.unet).eval().folded(), self.dtype)
+    def network(self, problem: Problem) -> Plain:
+        return cast(problem.plain().folded(), self.dtype)
 
-    def make(self, network: PlainUNet) -> Step:
+    def make(self, network: Plain) -> Step:
         step = super().make(network)
+        self.flags = f"{type(self).flags}; {network.folds or 'nothing to fold'}"
         self.captured = StepGraph(step, self.problem, self.guard)
         return step

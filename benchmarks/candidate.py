@@ -10,36 +10,38 @@ import dataclasses
 import math
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any
 
 import torch
-from plain import PlainUNet, benchmark_network
+from networks import NETWORKS
+from plain import Plain
 from torch import Tensor
 
 from ddpm_fast import Schedule, UNet
+from ddpm_fast.nn import DDPMUNet
 
 WRONG = 0.2  # relative error of m from which on an output is called wrong and gets no speed
 CHECKED_AT = (999, 500)  # timesteps
 CHECKED_IMAGES = 8
 
 
-class Missing(Exception):
-    """A candidate cannot run here; the message says why and what to install."""
-
-
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A network, an image size and a batch: what a table row of the benchmark is about."""
+    """A network, an image size and a batch: what a table row of the benchmark is about.
+
+    network: one of NETWORKS. options: keywords of its class.
+    """
 
     name: str
     n: int
     shape: tuple[int, int, int] = (3, 32, 32)
-    width: int = 64
-    depth: int = 4
-    num_classes: int | None = None
+    network: str = "tutorial"
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
-    def network(self) -> UNet:
-        """Float32, in eval mode, on the CPU."""
-        return benchmark_network(self.shape, width=self.width, depth=self.depth, num_classes=self.num_classes)
+    def build(self) -> UNet | DDPMUNet:
+        """The network: float32, in eval mode, on the CPU."""
+        return NETWORKS[self.network].make(self.shape, **self.options)
 
 
 class Problem:
@@ -50,23 +52,27 @@ class Problem:
     t_of_row: int64 [T + 1]; the last one is set by `look_at`.
     """
 
-    def __init__(self, case: Case, device: torch.device, unet: UNet | None = None) -> None:
+    def __init__(self, case: Case, device: torch.device, unet: UNet | DDPMUNet | None = None) -> None:
         self.case, self.device = case, device
-        self.unet = (case.network() if unet is None else unet).to(device)
+        self.unet = (case.build() if unet is None else unet).to(device)
         self.schedule = Schedule.linear(1000)
         steps = self.schedule.step_table()
         self.T = len(steps)
         generator = torch.Generator().manual_seed(1)
         self.x = torch.randn(case.n, *case.shape, generator=generator).to(device)
         self.labels = None
-        if case.num_classes is not None:
-            self.labels = (torch.arange(case.n) % case.num_classes).to(device)
+        if self.unet.num_classes is not None:
+            self.labels = (torch.arange(case.n) % self.unet.num_classes).to(device)
         look = torch.tensor([[0, 0, 0, 0, 1, 0, 0, math.inf]])
         self.table = torch.cat([steps.table, look]).to(device)
         self.coefficients = self.table[:, [3, 4, 6]].contiguous()
         self.t_of_row = torch.cat([steps.t_of_row, steps.t_of_row[-1:]]).long().to(device)
         self.rows = torch.arange(self.T + 1, device=device)
         self._expected: dict[int, Tensor] = {}
+
+    def plain(self) -> Plain:
+        """A copy of the network for a baseline, in eval mode. Raises Missing where it is another package's."""
+        return NETWORKS[self.case.network].plain(self.unet).eval()
 
     def look_at(self, t: int) -> Tensor:
         """The row, int64 [1], that gives m at timestep t."""
@@ -82,8 +88,7 @@ class Problem:
         """m of the picked images at timestep t in float64, on the CPU."""
         if t not in self._expected:
             picked = self.picked()
-            network = PlainUNet(self.unet).eval().double().cpu()
-            network.frequencies = network.frequencies.cpu()
+            network = self.plain().double().cpu()
             labels = None if self.labels is None else self.labels.cpu()[picked]
             with torch.no_grad():
                 x = self.x.cpu()[picked].double()

@@ -12,9 +12,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from candidate import Candidate, Case, Missing, Problem
+from candidate import Candidate, Case, Problem
 from machine import progress
 from ours import Ours
+from packages import Missing
 from sampler import CANDIDATES
 from torch import Tensor
 

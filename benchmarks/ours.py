@@ -1,6 +1,6 @@
 """What is ours in the benchmark: `ddpm_fast.Sampler`, with and without the fused network plan.
 
-    F16  fused plan, bfloat16      S16  no plan: `ddpm_fast.UNet` as it is, bfloat16, channels_last
+    F16  fused plan, bfloat16      S16  no plan: the network as it is, bfloat16, channels_last
     F32  fused plan, float32       S32  the same, float32
 
 A turn is one call of `Sampler.sample` over the last steps of the schedule. What such a call costs however many steps it
@@ -15,7 +15,8 @@ import time
 from typing import Any
 
 import torch
-from candidate import Candidate, Missing, Problem
+from candidate import Candidate, Problem
+from packages import Missing
 from plain import cast
 from torch import Tensor
 

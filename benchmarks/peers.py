@@ -4,30 +4,23 @@ OV16  OpenVINO, bfloat16 hint, static shape; its output goes into ddpm_fast's fu
 OV16t the same with the sinusoids of t inside the model, as a plain conversion has them: they are computed in bfloat16,
       which cannot tell t = 999 from 1000, so its output is wrong. OV16 finds them in a float32 table instead
 OV32  as OV16 with a float32 hint
-D32   diffusers' DDPMPipeline, float32, on the plain network
+D32   diffusers' DDPMPipeline, float32, on the network of the other baselines: its own UNet2DModel for the paper's
 D16   the same with bfloat16 weights, channels_last
 """
 
 from __future__ import annotations
 
-import importlib
+import warnings
 from typing import Any
 
 import torch
-from candidate import Candidate, Missing, Problem
-from plain import PlainUNet, cast
+from candidate import Candidate, Problem
+from packages import Missing, package
+from plain import PeerUNet, Plain, cast
 from torch import Tensor, nn
 
 from ddpm_fast import ops
 from ddpm_fast.noise import make_rng
-
-
-def package(name: str) -> Any:
-    """The package, or Missing with the line that installs it."""
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise Missing(f"not installed; pip install {name} ({error})") from error
 
 
 class OpenVINO(Candidate):
@@ -46,7 +39,7 @@ class OpenVINO(Candidate):
         openvino = package("openvino")
         self.problem = problem
         case = problem.case
-        plain = PlainUNet(problem.unet).eval()
+        plain = problem.plain()
         network = plain if self.time_inside else _FromSinusoids(plain)
         # What t is told as, a row per timestep: [T, 1] numbers or [T, time_dim] sinusoids.
         t = torch.arange(problem.T)
@@ -55,7 +48,9 @@ class OpenVINO(Candidate):
         example = [torch.zeros(case.n, *case.shape), time]
         if problem.labels is not None:
             example.append(problem.labels)
-        with torch.no_grad():
+        with torch.no_grad(), warnings.catch_warnings():
+            # What a trace holds fixed is fixed here: sizes, and checks of them.
+            warnings.simplefilter("ignore", torch.jit.TracerWarning)
             model = openvino.convert_model(
                 network, example_input=tuple(example), input=[tuple(tensor.shape) for tensor in example]
             )
@@ -78,7 +73,7 @@ class OpenVINO(Candidate):
         self.t_of_row = problem.t_of_row.int()
         self.rng = make_rng(0, 0)
         self.flags = (
-            f"openvino {openvino.__version__.split('-')[0]}, convert_model of the plain network at a static shape"
+            f"openvino {openvino.__version__.split('-')[0]}, convert_model of {plain.what} at a static shape"
             f"{'' if self.time_inside else ', sinusoids of t from a float32 table'}, "
             + ", ".join(f"{name}={value}" for name, value in options.items())
             + f" (computes in {served}), shared memory in and out, update by ddpm_fast.ops.ddpm_step"
@@ -109,7 +104,7 @@ class OpenVINO(Candidate):
 class _FromSinusoids(nn.Module):
     """The network as a function of x and the sinusoids of t."""
 
-    def __init__(self, network: PlainUNet) -> None:
+    def __init__(self, network: Plain) -> None:
         super().__init__()
         self.network = network
 
@@ -120,7 +115,7 @@ class _FromSinusoids(nn.Module):
 class _Wrapped(nn.Module):
     """A network as diffusers' pipelines expect one: `config`, `dtype`, `device` and an output with `.sample`."""
 
-    def __init__(self, network: PlainUNet, problem: Problem, dtype: torch.dtype) -> None:
+    def __init__(self, network: Plain, problem: Problem, dtype: torch.dtype) -> None:
         super().__init__()
         channels, *sides = problem.case.shape
         self.network, self.labels = network, problem.labels
@@ -147,17 +142,19 @@ class Diffusers(Candidate):
     def prepare(self, problem: Problem) -> None:
         diffusers = package("diffusers")
         self.problem = problem
-        network = cast(PlainUNet(problem.unet).eval(), self.dtype)
+        network = cast(problem.plain(), self.dtype)
         scheduler = diffusers.DDPMScheduler(
             num_train_timesteps=problem.T, beta_schedule="linear", variance_type="fixed_large", clip_sample=False
         )
-        self.unet = _Wrapped(network, problem, self.dtype).eval()
+        own = isinstance(network, PeerUNet) and problem.labels is None  # its pipeline knows no labels
+        self.unet = network.net if own else _Wrapped(network, problem, self.dtype).eval()
+        behind = "" if own else " behind UNet2DModel's interface"
         self.pipeline = diffusers.DDPMPipeline(self.unet, scheduler)
         self.pipeline.set_progress_bar_config(disable=True)
         self.flags = (
             f"diffusers {diffusers.__version__} DDPMPipeline, DDPMScheduler(variance_type=fixed_large, "
-            f"clip_sample=False), the plain network in {self.dtype} behind UNet2DModel's interface, state in the same "
-            "dtype, output_type=pt"
+            f"clip_sample=False), {network.what} in {self.dtype}{behind}, "
+            "state in the same dtype, output_type=pt"
         )
 
     def predict(self, t: int, x: Tensor | None = None) -> Tensor:

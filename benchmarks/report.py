@@ -102,12 +102,25 @@ def shares(group: list[dict[str, Any]]) -> str:
 
 
 def target_table(result: dict[str, Any]) -> str:
-    """What was wanted of the fused plan on a CPU, and what was measured; empty where the result says nothing of it."""
-    rows = [["n", "baseline", "wanted", "measured (20-80 %)", ""]]
-    for baseline, n, least, measured in results.targets(result):
-        verdict = "reached" if measured.median >= least else "**missed**"
-        rows.append([str(n), f"`{baseline}`", f"{least}x", _factor(measured), verdict])
+    """What was wanted on a CPU, and what was measured; empty where the result says nothing of it."""
+    rows = [["of", "n", "baseline", "wanted", "measured (20-80 %)", ""]]
+    for row in results.targets(result):
+        verdict = "reached" if row.reached else "**missed**"
+        cells = [row.case, str(row.n), f"`{row.baseline}`", f"{row.least}x", _factor(row.measured), verdict]
+        rows.append(cells)
     return markdown(rows) if len(rows) > 1 else ""
+
+
+def host_table(rows: list[dict[str, Any]]) -> str:
+    """Microseconds of `scheduler.step`."""
+    table = [["", "ours, us", "diffusers, us", "diffusers / ours"]]
+    for row in rows:
+        if row["status"] != "ok":
+            table.append([row["what"], f"{row['status']}: {row['reason']}", "", ""])
+            continue
+        times = [f"{Timing.of(row['rounds_s'][who]).median * 1e6:.1f}" for who in ("ours", "diffusers")]
+        table.append([row["what"], *times, _factor(results.host_ratio(row))])
+    return markdown(table)
 
 
 def op_table(figures: dict[str, Any]) -> str:
@@ -133,6 +146,21 @@ def drift_table(drift: dict[str, Any]) -> str:
             quality = "equal" if row["psnr_db"] is None else f"{row['psnr_db']:.1f}"
             rows.append([f"`{row['id']}` {row['what']}", quality, f"{row['max_abs']:.1e}"])
     return markdown(rows)
+
+
+def exactly(groups: dict[str, list[dict[str, Any]]]) -> list[str]:
+    """Every candidate with its flags, once, and again for a network with which it has others."""
+    found, said = [], set()
+    for group_name, group in groups.items():
+        for name, record in candidates(group).items():
+            flags = record["flags"] or record["reason"]
+            if (name, flags) in said:
+                continue
+            where = f", {group_name}" if any(name == other for other, _ in said) else ""
+            notes = f" Tried: {record['notes']}." if record["notes"] else ""
+            found.append(f"- `{name}`{where} {record['what']}: {flags}.{notes}")
+            said.add((name, flags))
+    return found
 
 
 def machine_lines(result: dict[str, Any]) -> list[str]:
@@ -187,13 +215,13 @@ def report(result: dict[str, Any], plots: dict[str, Path]) -> str:
             f"{drift['n']} images, {drift['steps']} steps, the same noise, x0 clipped, against `{drift['reference']}`"
         )
         parts += [f"\n## Drift: {head}\n", drift_table(drift)]
+    if result.get("host"):
+        parts += ["\n## Host time of `scheduler.step`\n", host_table(result["host"])]
     for figures in result["ops"]:
         parts += [f"\n## Ops: {figures['elements']} elements, {figures['dtype']}\n", op_table(figures)]
     if groups:
         parts.append("\n## The candidates, exactly\n")
-        for name, record in candidates(result["cases"]).items():
-            notes = f" Tried: {record['notes']}." if record["notes"] else ""
-            parts.append(f"- `{name}` {record['what']}: {record['flags'] or record['reason']}.{notes}")
+        parts += exactly(groups)
     return "\n".join(parts) + "\n"
 
 

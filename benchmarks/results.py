@@ -1,6 +1,7 @@
 """A result file: its fields, reading, writing, checking, and the figures that follow from what was measured.
 
-    {"schema": 1, "machine": {...}, "settings": {...}, "peaks": {...}, "ops": [...], "cases": [...], "drift": ...}
+    {"schema": 1, "machine": {...}, "settings": {...}, "peaks": {...}, "ops": [...], "cases": [...], "drift": ...,
+     "host": [...]}
 
 A case has the candidates' seconds per step of every round (`rounds_s`); medians and ratios are computed from them.
 """
@@ -11,7 +12,7 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from timing import Timing, ratios
 
@@ -19,12 +20,18 @@ SCHEMA = 1
 STATUSES = ("ok", "inaccurate", "wrong", "missing")
 OURS = ("F16", "S16", "F32", "S32")
 
-# At the least, for the fused plan in bfloat16 on the tutorial's network on a CPU: (baseline, n) -> ratio of times.
-TARGETS = {("C16", 1): 1.35} | {(i, n): r for n in (16, 64) for i, r in (("C16", 1.5), ("OV16", 1.3), ("E32", 5.0))}
-TUTORIAL = "tutorial 3x32x32"
+TUTORIAL, PAPER = "tutorial 3x32x32", "ddpm-cifar10-32"
+# At the least, for the fused plan in bfloat16 on a CPU: case -> (baseline, n or None for every n) -> ratio of times.
+TARGETS: dict[str, dict[tuple[str, int | None], float]] = {
+    TUTORIAL: {("C16", 1): 1.35}
+    | {(i, n): r for n in (16, 64) for i, r in (("C16", 1.5), ("OV16", 1.3), ("E32", 5.0))},
+    PAPER: {("C16", 16): 1.5, ("D32", None): 1.0, ("D16", None): 1.0},
+}
+HOST_TARGET = 5.0  # of the host time of `scheduler.step`
 
 _TOP: dict[str, type] = {"schema": int, "machine": dict, "settings": dict, "peaks": dict, "ops": list, "cases": list}
 _CASE = {"name": str, "n": int, "shape": list, "macs": int, "parameters": int, "candidates": list, "layers": str}
+_HOST = {"scheduler": str, "what": str, "status": str, "reason": str, "rounds_s": dict}
 _CANDIDATE = {"id": str, "what": str, "flags": str, "dtype": str, "notes": str, "status": str, "rounds_s": list}
 
 
@@ -51,6 +58,10 @@ def validate(result: Any) -> dict[str, Any]:
             timed = candidate["status"] in ("ok", "inaccurate")
             if timed != bool(candidate["rounds_s"]):
                 raise ValueError(f"{where}: {candidate['status']!r} with {len(candidate['rounds_s'])} rounds")
+    for i, row in enumerate(result.get("host") or []):
+        _require(f"host[{i}]", row, _HOST)
+        if (row["status"] == "ok") != (set(row["rounds_s"]) == {"ours", "diffusers"}):
+            raise ValueError(f"host[{i}]: {row['status']!r} with rounds of {sorted(row['rounds_s'])}")
     return dict(result)
 
 
@@ -121,14 +132,39 @@ def best_baseline(case: dict[str, Any]) -> str | None:
     return min(others, key=others.__getitem__) if others else None
 
 
-def targets(result: dict[str, Any]) -> list[tuple[str, int, float, Timing]]:
-    """(baseline, n, at least, measured) for every target that this CPU result speaks about."""
-    rows = []
+def host_ratio(row: dict[str, Any]) -> Timing | None:
+    """How many times as long as ours diffusers' `scheduler.step` takes; None where it was not measured."""
+    rounds = row["rounds_s"]
+    return ratios(rounds["diffusers"], rounds["ours"]) if rounds else None
+
+
+class Target(NamedTuple):
+    """What was wanted and what was measured: a ratio of times, baseline / ours."""
+
+    case: str
+    baseline: str
+    n: int
+    least: float
+    measured: Timing
+
+    @property
+    def reached(self) -> bool:
+        """Whether the median is as wanted."""
+        return self.measured.median >= self.least
+
+
+def targets(result: dict[str, Any]) -> list[Target]:
+    """Every target that this CPU result speaks about."""
+    rows: list[Target] = []
+    if result["machine"]["device"] != "cpu":
+        return rows
     for case in result["cases"]:
-        if case["name"] != TUTORIAL or result["machine"]["device"] != "cpu":
-            continue
-        for (baseline, n), least in TARGETS.items():
-            measured = speed_up(case, baseline, "F16") if n == case["n"] else None
+        for (baseline, n), least in TARGETS.get(case["name"], {}).items():
+            measured = speed_up(case, baseline, "F16") if n in (None, case["n"]) else None
             if measured is not None:
-                rows.append((baseline, n, least, measured))
+                rows.append(Target(case["name"], baseline, case["n"], least, measured))
+    for row in result.get("host") or []:
+        measured = host_ratio(row)
+        if measured is not None:
+            rows.append(Target(row["scheduler"] + ".step", "diffusers", 1, HOST_TARGET, measured))
     return rows

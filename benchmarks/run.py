@@ -1,6 +1,7 @@
-"""The whole benchmark: ops, sampling steps and drift, ours against every baseline, each checked first.
+"""The whole benchmark: ops, sampling steps, drift and schedulers, ours against every baseline, each checked first.
 
-    python benchmarks/run.py [--quick] [--only ops|sampler|variants|drift] [--variants] [--n 1,16] [--out FILE.json]
+    python benchmarks/run.py [--quick] [--only ops|sampler|paper|variants|drift|host] [--variants] [--n 1,16]
+                             [--out FILE.json]
 
 Prints tables as it goes and writes benchmarks/results/<machine>.json, which benchmarks/report.py turns into Markdown
 and plots. NOTES.md tells how to read it. Exit code 1 when a check of ours failed, 2 when it could not start.
@@ -17,6 +18,7 @@ from typing import Any
 
 import cases
 import drift
+import host
 import inductor
 import machine
 import results
@@ -24,7 +26,7 @@ import sampler
 import torch
 from machine import progress
 
-SECTIONS = ("ops", "sampler", "variants", "drift")
+SECTIONS = ("ops", "sampler", "paper", "variants", "drift", "host")
 DRIFT_CANDIDATES = ("F16", "F32", "S16", "E16", "C16", "OV16")
 
 
@@ -54,7 +56,9 @@ def parser() -> argparse.ArgumentParser:
     )
     result.add_argument("--only", choices=SECTIONS, action="append", help="this section; may be repeated")
     result.add_argument("--variants", action="store_true", help="also other widths, depths, sizes, labels (long)")
-    result.add_argument("--n", type=_numbers, metavar="N,N,...", help="batches of the sampler; default 1,16,64,256")
+    result.add_argument(
+        "--n", type=_numbers, metavar="N,N,...", help="batches; default 1,16,64,256, of the paper's 1,16,64"
+    )
     result.add_argument("--candidates", type=_names, metavar="ID,ID,...", help=", ".join(sampler.CANDIDATES))
     result.add_argument("--without-fused", action="store_true", help="leave the fused plan out")
     result.add_argument("--seconds", type=float, help="for each candidate of a case; default 3 (--quick: 1)")
@@ -103,7 +107,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         torch.set_num_threads(options.threads)
     _tune(device)
     began = time.perf_counter()
-    sections = options.only or ["ops", "sampler", "drift"]
+    sections = options.only or [section for section in SECTIONS if section != "variants"]
     if options.variants and "variants" not in sections:
         sections = [*sections, "variants"]
     gpu = device.type == "cuda"
@@ -116,7 +120,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     facts, peaks = machine.facts(device), machine.peaks(device, budget=budget)
     _say(_header(facts, peaks))
     result: dict[str, Any] = {"schema": results.SCHEMA, "machine": facts, "peaks": peaks, "cases": []}
-    result |= {"ops": [], "drift": None}
+    result |= {"ops": [], "drift": None, "host": []}
 
     if "ops" in sections:
         for dtype in (torch.float32, torch.bfloat16) if gpu else (torch.float32,):
@@ -134,6 +138,10 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     if "sampler" in sections:
         names = _candidates(options, sampler.ON_GPU if gpu else sampler.ON_CPU)
         todo += [(sampler.tutorial(n), names) for n in batches]
+    if "paper" in sections:
+        for n in options.n or ([1] if options.quick else [1, 16, 64]):
+            names = _candidates(options, sampler.for_paper(n, device, quick=options.quick))
+            todo.append((sampler.paper(n), names))
     if "variants" in sections:
         names = _candidates(options, sampler.FOR_VARIANTS)
         todo += [(case, names) for n in (options.n or [16]) for case in sampler.variants(n)]
@@ -148,6 +156,9 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         case = sampler.tutorial(1 if options.quick else 2)
         result["drift"] = drift.run_drift(case, device, names, steps=100 if options.quick else None)
         _say(drift.lines(result["drift"]))
+    if "host" in sections:
+        result["host"] = host.run_host(budget)
+        _say(host.lines(result["host"]))
     _say(_verdict(result))
     # Others may have been busy when the run began: a limit is the best that was seen.
     again = machine.peaks(device, budget=budget)
@@ -167,11 +178,12 @@ def _verdict(result: dict[str, Any]) -> list[str]:
     rows = results.targets(result)
     if not rows:
         return []
-    found = ["targets of the fused bfloat16 plan on a CPU:"]
-    for baseline, n, least, measured in rows:
-        word = "reached" if measured.median >= least else "MISSED"
-        spread = f"({measured.p20:.2f} - {measured.p80:.2f})"
-        found.append(f"  n = {n:<4} against {baseline:<5} {measured.median:.2f}x {spread}, wanted {least}x: {word}")
+    found = ["targets of the fused bfloat16 plan, and of the schedulers, on a CPU:"]
+    for row in rows:
+        word = "reached" if row.reached else "MISSED"
+        ratio = f"{row.measured.median:.2f}x ({row.measured.p20:.2f} - {row.measured.p80:.2f})"
+        where = f"{row.case}, n = {row.n}"
+        found.append(f"  {where:<28} against {row.baseline:<9} {ratio}, wanted {row.least}x: {word}")
     return found
 
 
@@ -182,7 +194,7 @@ def failed(result: dict[str, Any]) -> list[str]:
         for record in case["candidates"]:
             if record["id"] in results.OURS and record["status"] not in ("ok", "missing"):
                 wrong.append(f"{record['id']} at {case['name']}, n = {case['n']}: {record['status']}")
-    return wrong
+    return wrong + [f"{row['scheduler']}: {row['reason']}" for row in result["host"] if row["status"] == "wrong"]
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -70,27 +70,36 @@ DDPM_FAST_HD ExpOfMinusAbs exp_of_minus_abs(float v) {
   return {a, e.p, pow2(low), pow2(e.n - low)};
 }
 
+// a where v is negative (-0 and NaN either way), else b. Made of bits on the CPU, because compilers turn several choices
+// by one comparison into a branch, and then divide on both sides of it, or do not vectorise at all.
+DDPM_FAST_HD float where_negative(float v, float a, float b) {
+#if defined(__CUDA_ARCH__)
+  return v < 0.0f ? a : b;
+#else
+  const uint32_t mask = static_cast<uint32_t>(bits_as<int32_t>(v) >> 31);
+  return bits_as<float>((bits_as<uint32_t>(a) & mask) | (bits_as<uint32_t>(b) & ~mask));
+#endif
+}
+
 // SiLU(v) = v / (1 + exp(-v)) = v exp(v) / (1 + exp(v)). exp is only taken of -|v|, and its power of two is applied
 // last, so nothing overflows and the result is within 3 ulp down to the smallest subnormal. In the denominator low does
 // for 2^n, because below it the sum is 1. SiLU(-inf) = -0.
 DDPM_FAST_HD float silu(float v) {
   const ExpOfMinusAbs e = exp_of_minus_abs(v);
-  const bool negative = v < 0.0f;
-  const float ratio = (negative ? e.a * e.p : v) / (1.0f + e.p * e.low);
-  return negative ? ratio * e.rest * e.low : ratio;
+  const float ratio = where_negative(v, e.a * e.p, v) / (1.0f + e.p * e.low);
+  return where_negative(v, ratio * e.rest * e.low, ratio);
 }
 
 // SiLU'(v) = s (1 + v (1 - s)) with s = 1 / (1 + exp(-v)).
 DDPM_FAST_HD float silu_grad(float v) {
   const ExpOfMinusAbs parts = exp_of_minus_abs(v);
-  const bool negative = v < 0.0f;
   const float e = parts.p * parts.rest * parts.low;
   const float denominator = 1.0f + e;
   const float big = 1.0f / denominator;
   const float small = e * big;
-  const float s = negative ? small : big;
-  const float one_minus_s = negative ? big : small;
-  return s * (1.0f + (negative ? parts.a : v) * one_minus_s);
+  const float s = where_negative(v, small, big);
+  const float one_minus_s = where_negative(v, big, small);
+  return s * (1.0f + where_negative(v, parts.a, v) * one_minus_s);
 }
 
 // ---- images ----

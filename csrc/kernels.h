@@ -100,8 +100,9 @@ struct GroupNormSiluArgs {
   Array g_h;                                     // backward; optional
   float* g_sum = nullptr;                        // backward, [n, channels]: sum of g_h over inner; optional
   float *d_weight = nullptr, *d_beta = nullptr;  // backward, [n, channels]: sums of g_u xhat and of g_u
-  int64_t parts = 1;           // CUDA: into how many parts of places a group is cut; more than 1 take several launches
-  float* workspace = nullptr;  // CUDA, parts > 1: [n, groups, parts, 2] floats, backward [n, channels, parts, 3]
+  int64_t parts = 1;  // CUDA: into how many parts of places a group is cut; more than 1 take several launches
+  // CUDA, parts > 1: [n, groups, parts, 2] floats; backward [n, channels, parts, 3] and [n, groups, 2] behind them.
+  float* workspace = nullptr;
   int64_t group_channels() const { return shape.channels / groups; }
 };
 

@@ -54,7 +54,8 @@ class Sampler:
     thresholding: dynamic thresholding in place of clip: True, a ratio, or (ratio, max_value); per sample, x0 is clipped
         to the ratio-quantile of |x0| (within [1, max_value]) and divided by it.
     like: "tutorial", "diffusers", "lucidrains" or "openai": that peer's choices wherever an argument is None. Without
-        it None means DDPM over all T steps (spacing "trailing" for fewer), eps, fixed_large, no clip, eta 0.
+        it None means DDPM over all T steps (spacing "trailing" for fewer, "linspace_open" for method "dpmsolver++"),
+        eps, fixed_large, no clip, eta 0.
     time_scale: "index" tells the model t as it is, "rescaled" t * 1000 / T in float32.
     null_label: the label that means "none" for guidance; default model.null_label.
     shape: the shape of one sample, (C, H, W) or (D,); default from the model where it says so.
@@ -134,8 +135,6 @@ class Sampler:
         self.chunk = None if chunk is None else whole("chunk", chunk, 1)
         self.last_seed: int | None = None
         self._not_fused = inference.unknown_reason(model) if fused else "fused=True was not asked for"
-        if self.fused and self.choices.twice_the_channels:
-            self._not_fused = f"variance={self.choices.variance!r}: a fused plan predicts no variance"
         if self.fused and self._dtype() not in inference.DTYPES:
             known = ", ".join(str(known) for known in inference.DTYPES)
             raise ValueError(f"fused=True computes in {known}, got dtype {self._dtype()}")

@@ -136,7 +136,7 @@ def cases() -> Iterator[Case]:
     # What comes once is compiled once: other formats and options.
     small = meta(*IMAGES, dtype=torch.bfloat16)
     byte = meta(*IMAGES, dtype=torch.uint8)
-    history = meta(*IMAGES)
+    history, history_last = meta(*IMAGES), meta(*IMAGES, channels_last=True)
     extra: list[tuple[str, Callable[[], object]]] = [
         ("random_bits", lambda: ops.random_bits(meta(*IMAGES, dtype=torch.int64), RNG, 0)),
         ("normal_channels_last", lambda: ops.normal(meta(*IMAGES, channels_last=True), RNG, 0)),
@@ -162,7 +162,11 @@ def cases() -> Iterator[Case]:
             ),
         ),
         ("ddpm_step_learned_range", lambda: step(torch.bfloat16, logvar=small, logvar_range=meta(1000, 2))),
-        ("ddpm_step_history", lambda: step(torch.bfloat16, noise=False, x0_prev=history, x0_out=history)),
+        ("ddpm_step_history", lambda: step(torch.bfloat16, x0_prev=history, x0_out=history)),
+        (
+            "ddpm_step_history_channels_last",
+            lambda: step(torch.bfloat16, noise=False, cl=True, x0_prev=history_last, x0_out=history_last),
+        ),
         # Integer arguments that are 1 become constants, another path through the compiler.
         ("ddpm_step_of_one_number", lambda: step(torch.float32, shape=(1, 1, 1, 1), rows=1, copy_out=meta(1, 1, 1, 1))),
         (
@@ -183,6 +187,8 @@ def cases() -> Iterator[Case]:
 
 
 INEXACT = (r"\.f64", r"\bfma\.", r"div\.full", r"\.approx", r"\.ftz")
+# which thread has which element in an access of float32 images
+ACCESS = re.compile(r"tt\.(?:load|store) .*tensor<\d+x\d+x!tt\.ptr<f32>, (#\w+)>")
 INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)")
 
 
@@ -234,6 +240,7 @@ def inspect(case: Case, fp_fusion: bool) -> dict[str, object]:
         "stack": stack,
         "local": sum(n for name, n in counts.items() if name.startswith(("LDL", "STL"))),
         "memory": {name: n for name, n in counts.items() if name.startswith(("LDG", "STG"))},
+        "layouts": sorted(set(ACCESS.findall(compiled.asm["ttgir"]))),
         "ptx": {word: len(re.findall(word, ptx)) for word in INEXACT},
     }
 

@@ -113,3 +113,12 @@ def automatic_backend() -> Iterator[None]:
     yield
     backends._requested = None
     backends._chosen.clear()
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """For networks so small that handing out work costs more than the work, above all beside other tests."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -30,9 +30,9 @@ def record(name, ms, status="ok", **more):
     }  # fmt: skip
 
 
-def case(n, *candidates):
+def case(n, *candidates, name="tutorial 3x32x32", network="tutorial"):
     return {
-        "name": "tutorial 3x32x32", "n": n, "shape": [3, 32, 32], "width": 64, "depth": 4, "num_classes": None,
+        "name": name, "n": n, "shape": [3, 32, 32], "network": network, "options": {},
         "macs": 750_000_000, "parameters": 32_000_000, "candidates": list(candidates),
         "update_s": {"median": 1e-4, "p20": 1e-4, "p80": 1e-4, "rounds": 5}, "layers": "down1.conv1  native 10 us",
     }  # fmt: skip
@@ -67,6 +67,18 @@ def result():
             case(16, record("F16", 16.0, fixed_s=seconds), record("C16", 32.0), record("OV16", 16.0, "inaccurate"),
                  record("D32", None, "missing", reason="not installed; pip install diffusers", error=None)),
             case(1, record("F16", 4.0, fixed_s=seconds), record("C16", 5.0)),
+            case(16, record("F16", 160.0), record("C16", 200.0, flags="flags of another C16"), record("D16", 150.0),
+                 name="ddpm-cifar10-32", network="ddpm-cifar10-32"),
+            case(64, record("F16", 700.0), record("C16", 1400.0), record("D16", 2100.0),
+                 name="ddpm-cifar10-32", network="ddpm-cifar10-32"),
+        ],
+        "host": [
+            {
+                "scheduler": "DDPMScheduler", "what": "DDPMScheduler().step", "status": "ok", "reason": "",
+                "rounds_s": {"ours": [2e-5, 4e-5, 2e-5], "diffusers": [1.2e-4, 2.4e-4, 1.3e-4]},
+            },
+            {"scheduler": "DDIMScheduler", "what": "DDIMScheduler().step", "status": "missing",
+             "reason": "not installed; pip install diffusers", "rounds_s": {}},
         ],
         "drift": {
             "case": "tutorial 3x32x32", "n": 2, "steps": 1000, "seed": 7, "clip": 1.0, "reference": "S32",
@@ -96,6 +108,9 @@ def test_results_survive_a_file(module, result, tmp_path):
         (lambda r: r["cases"][0]["candidates"][1].update(status="fine"), "status must be one of ok, inaccurate"),
         (lambda r: r["cases"][0]["candidates"][1].update(status="wrong"), "'wrong' with 3 rounds"),
         (lambda r: r["cases"][0]["candidates"][3].update(status="ok"), "'ok' with 0 rounds"),
+        (lambda r: r["host"][0].pop("what"), r"host\[0\].what must be a str, got None"),
+        (lambda r: r["host"][1].update(status="ok"), r"host\[1\]: 'ok' with rounds of \[\]"),
+        (lambda r: r["host"][0].update(status="wrong"), r"host\[0\]: 'wrong' with rounds of \['diffusers', 'ours'\]"),
     ],
 )
 def test_a_bad_result_is_named(module, result, spoil, message, tmp_path):
@@ -117,7 +132,7 @@ def test_nan_is_not_written(module, result, tmp_path):
 
 def test_figures_follow_from_the_rounds(module, result):
     results = module("results")
-    wide, narrow = result["cases"]
+    wide, narrow, *_ = result["cases"]
     assert results.ours(wide) == "F16"
     assert results.best_baseline(wide) == "C16"  # OV16 is as fast as ours, but inaccurate
     assert results.speed_up(wide, "C16").median == 2.0
@@ -126,8 +141,15 @@ def test_figures_follow_from_the_rounds(module, result):
     assert results.floor(narrow, result["peaks"]) == pytest.approx(2 * 32e6 / 2e10)  # by reading the weights
     assert results.floor(narrow, result["peaks"], "float32") == pytest.approx(2 * 0.75e9 / 2e11)
     assert results.floor(narrow, {"read": 1.0}) is None
-    verdicts = {(name, n): measured.median >= least for name, n, least, measured in results.targets(result)}
-    assert verdicts == {("C16", 16): True, ("OV16", 16): False, ("C16", 1): False}
+    verdicts = {(row.case, row.baseline, row.n): row.reached for row in results.targets(result)}
+    tutorial, paper = "tutorial 3x32x32", "ddpm-cifar10-32"
+    assert verdicts == {
+        (tutorial, "C16", 16): True, (tutorial, "OV16", 16): False, (tutorial, "C16", 1): False,
+        (paper, "C16", 16): False, (paper, "D16", 16): False, (paper, "D16", 64): True,
+        ("DDPMScheduler.step", "diffusers", 1): True,
+    }  # fmt: skip
+    assert results.targets(result)[-1].measured.median == pytest.approx(6.0)
+    assert results.host_ratio(result["host"][1]) is None
     elsewhere = copy.deepcopy(result)
     elsewhere["machine"]["device"] = "cuda"
     assert results.targets(elsewhere) == []
@@ -145,9 +167,13 @@ def test_the_report_has_the_figures_and_the_plot(module, result, tmp_path):
         found = next(line for line in rows if line.startswith(f"| {start}"))
         return [cell.strip() for cell in found.strip("|").split("|")]
 
-    assert rows[0].startswith("| n | baseline | wanted")
-    assert row("16 | `C16`")[2:] == ["1.5x", "2.00x (2.00-2.00)", "reached"]
-    assert row("16 | `OV16`")[2:] == ["1.3x", "1.00x (1.00-1.00)", "**missed**"]
+    assert rows[0].startswith("| of | n | baseline | wanted")
+    assert row("tutorial 3x32x32 | 16 | `C16`")[3:] == ["1.5x", "2.00x (2.00-2.00)", "reached"]
+    assert row("tutorial 3x32x32 | 16 | `OV16`")[3:] == ["1.3x", "1.00x (1.00-1.00)", "**missed**"]
+    assert row("ddpm-cifar10-32 | 64 | `D16`")[3:] == ["1.0x", "3.00x (3.00-3.00)", "reached"]
+    assert row("DDPMScheduler.step | 1 | `diffusers`")[3:] == ["5.0x", "6.00x (6.00-6.50)", "reached"]
+    assert row("DDPMScheduler().step")[1:] == ["20.0", "130.0", "6.00x (6.00-6.50)"]
+    assert row("DDIMScheduler().step")[1] == "missing: not installed; pip install diffusers"
     # n = 1 comes first: ms per image, then how many times as long as ours
     assert row("`F16` what")[1:] == ["4.000", "1.000", "1", "1"]
     assert row("`C16` what")[1:] == ["5.000", "2.000", "1.25x (1.25-1.25)", "2.00x (2.00-2.00)"]
@@ -159,7 +185,12 @@ def test_the_report_has_the_figures_and_the_plot(module, result, tmp_path):
     assert row("`normal`")[1] == "check failed: differs from the reference"
     assert row("`F16` plan")[1:] == ["51.2", "3.0e-02"]
     assert "down1.conv1  native 10 us" in text
-    assert "flags of C16" in text
+    listed = [line for line in text.splitlines() if line.startswith("- `C16`")]
+    assert listed == [
+        "- `C16` what C16 is: flags of C16.", "- `C16`, ddpm-cifar10-32 what C16 is: flags of another C16."
+    ]  # fmt: skip
+    assert text.count("- `F16`") == 1  # the same in both networks
+    assert (tmp_path / "out" / "box-ddpm-cifar10-32.png").is_file()
     picture = tmp_path / "out" / "box-tutorial-3x32x32.png"
     assert f"({picture.name})" in text
     assert picture.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"

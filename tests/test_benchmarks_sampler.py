@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import math
 import sys
 import time
+import types
 from pathlib import Path
 
 import pytest
 import torch
 
 from ddpm_fast import Schedule
+from ddpm_fast.nn import DDPMUNet
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
 CPU = torch.device("cpu")
@@ -30,8 +33,24 @@ def tiny(module):
     candidate = module("candidate")
 
     def make(num_classes=None):
-        case = candidate.Case("tiny", 2, (3, 8, 8), width=16, depth=2, num_classes=num_classes)
-        return candidate.Problem(case, CPU)
+        options = {"width": 16, "depth": 2, "num_classes": num_classes}
+        return candidate.Problem(candidate.Case("tiny", 2, (3, 8, 8), options=options), CPU)
+
+    return make
+
+
+@pytest.fixture
+def tiny_paper(module):
+    """(num_classes) -> the same of the paper's network, with attention, and with labels where asked."""
+    candidate = module("candidate")
+
+    def make(num_classes=None):
+        options = {
+            "block_out_channels": (16, 32), "norm_num_groups": 8, "layers_per_block": 1,
+            "num_class_embeds": num_classes,
+            "down_block_types": ("AttnDownBlock2D", "DownBlock2D"), "up_block_types": ("UpBlock2D", "AttnUpBlock2D"),
+        }  # fmt: skip
+        return candidate.Problem(candidate.Case("tiny", 2, (3, 8, 8), "ddpm-cifar10-32", options), CPU)
 
     return make
 
@@ -54,6 +73,25 @@ def test_every_baseline_of_the_issue_is_registered_under_its_own_name(module):
     assert {"F16", "F32", "S16", "E32", "E16", "C16", "G16", "D32", "D16"} <= set(sampler.ON_GPU)
     listed = {*sampler.ON_CPU, *sampler.ON_GPU, *sampler.FOR_VARIANTS, *module("run").DRIFT_CANDIDATES}
     assert listed <= set(sampler.CANDIDATES)
+
+
+def test_the_paper_is_measured_against_what_its_targets_name(module):
+    sampler, results = module("sampler"), module("results")
+    wanted = results.TARGETS[results.PAPER]
+    for n in (1, 4, 16, 64):
+        names = sampler.for_paper(n, CPU)
+        assert set(names) <= set(sampler.CANDIDATES)
+        assert {"F16", *(baseline for baseline, at in wanted if at in (None, n))} <= set(names)
+    assert not any(name.startswith("C") for name in sampler.for_paper(1, CPU, quick=True))
+    assert {"G16", "C16", "D16"} <= set(sampler.for_paper(16, torch.device("cuda")))
+
+
+def test_the_paper_network_is_the_published_one(module):
+    case = module("sampler").paper(16)
+    assert (case.n, case.shape, case.network, case.options) == (16, (3, 32, 32), "ddpm-cifar10-32", {})
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in DDPMUNet(**case.options).parameters())
+    assert parameters == 35_746_307  # of google/ddpm-cifar10-32
 
 
 def test_variants_cover_what_the_plan_must_win_at(module):
@@ -79,11 +117,48 @@ def test_the_plain_network_is_the_unet_folded_or_not(module, tiny, num_classes):
     assert not any(isinstance(part, torch.nn.BatchNorm2d) for part in plain.modules())
 
 
-def test_the_benchmark_network_has_learned_something(module):
+@pytest.mark.parametrize("num_classes", [None, 3])
+def test_the_peer_is_the_real_one_with_our_weights(module, tiny_paper, num_classes):
+    diffusers = pytest.importorskip("diffusers")
+    problem = tiny_paper(num_classes)
+    unet, t = problem.unet, torch.tensor([3, 999])
+    peer = problem.plain()
+    assert type(peer.net) is diffusers.UNet2DModel
+    assert peer.folded() is peer
+    theirs = peer.net.state_dict()
+    assert list(theirs) == list(unet.state_dict())
+    assert all(torch.equal(theirs[key], value) for key, value in unet.state_dict().items())
+    with torch.no_grad():
+        m = unet(problem.x, t, problem.labels)
+        plain = peer(problem.x, t, problem.labels)
+        assert (plain - m).norm() / m.norm() < 1e-5
+        assert torch.equal(peer.at(problem.x, peer.sinusoids(t), problem.labels), plain)
+        assert (peer.at(problem.x, peer.sinusoids(t + 5), problem.labels) - plain).abs().max() > 1e-4
+    assert type(peer.net.time_proj).__name__ == "Timesteps"  # as it was
+
+
+def test_networks_are_deterministic(module):
+    networks = module("networks")
+    first, second = (
+        networks.paper_network((1, 8, 8), block_out_channels=(8, 8, 8, 8), norm_num_groups=4) for _ in "ab"
+    )
+    state = second.state_dict()
+    assert all(torch.equal(value, state[key]) for key, value in first.state_dict().items())
+    assert all((norm.weight - 1).abs().max() > 0.05 for norm in first.modules() if isinstance(norm, torch.nn.GroupNorm))
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("tutorial", {"width": 16, "depth": 2}),
+        ("ddpm-cifar10-32", {"block_out_channels": (16, 16, 16, 16), "norm_num_groups": 4}),
+    ],
+)
+def test_the_benchmark_network_has_learned_something(module, name, options):
     """Its last layer was fitted: what it says of new pictures has to do with the noise in them."""
-    plain = module("plain")
+    plain = module("networks")
     shape = (3, 16, 16)
-    unet = plain.benchmark_network(shape, width=16, depth=2)
+    unet = plain.NETWORKS[name].make(shape, **options)
     assert not unet.training
     signal = Schedule.linear(1000).alphas_cumprod[500]
     eps = torch.randn(8, *shape, generator=torch.Generator().manual_seed(5))
@@ -94,14 +169,21 @@ def test_the_benchmark_network_has_learned_something(module):
 
 
 @pytest.mark.parametrize(
-    ("name", "num_classes"),
-    [(name, classes) for name in ("F16", "F32", "S16", "S32", "E32", "E16") for classes in (None, 3)]
-    + [("OV16", 3), ("OV32", None)],
+    ("network", "name", "num_classes"),
+    [
+        (network, name, classes)
+        for network in ("tiny", "tiny_paper")
+        for name in ("F16", "F32", "S16", "S32", "E32", "E16")
+        for classes in (None, 3)
+    ]
+    + [("tiny", "OV16", 3), ("tiny", "OV32", None), ("tiny_paper", "OV32", None)],
 )
-def test_candidates_compute_the_same_network(module, tiny, name, num_classes):
+def test_candidates_compute_the_same_network(module, request, network, name, num_classes):
     if name.startswith("OV"):
         pytest.importorskip("openvino")
-    problem = tiny(num_classes)
+    if network == "tiny_paper":
+        pytest.importorskip("diffusers")
+    problem = request.getfixturevalue(network)(num_classes)
     candidate = module("sampler").CANDIDATES[name]()
     record = module("sampler").prepare(candidate, problem)
     assert record["reason"] == ""
@@ -134,11 +216,16 @@ def test_openvino_does_the_reverse_step(module, tiny):
     torch.testing.assert_close(candidate.inputs[0].double(), after_last_step(problem), rtol=1e-5, atol=1e-5)
 
 
-def test_diffusers_runs_as_many_steps_as_asked(module, tiny):
-    pytest.importorskip("diffusers")
+@pytest.mark.parametrize(("network", "num_classes"), [("tiny", None), ("tiny_paper", None), ("tiny_paper", 3)])
+def test_diffusers_runs_as_many_steps_as_asked(module, request, network, num_classes):
+    diffusers = pytest.importorskip("diffusers")
     candidate = module("sampler").CANDIDATES["D32"]()
-    problem = tiny()
+    problem = request.getfixturevalue(network)(num_classes)
     assert module("sampler").prepare(candidate, problem)["status"] == "ok"
+    # nothing of ours around the paper's network; labels, which the pipeline cannot pass on, need a wrapper
+    own = network == "tiny_paper" and num_classes is None
+    assert isinstance(candidate.pipeline.unet, diffusers.UNet2DModel) == own
+    assert ("behind UNet2DModel's interface" in candidate.flags) != own
     calls = []
     candidate.unet.register_forward_pre_hook(lambda *_: calls.append(1))
     candidate.run(4)
@@ -148,7 +235,7 @@ def test_diffusers_runs_as_many_steps_as_asked(module, tiny):
 @pytest.mark.no_poison
 def test_compiled_step_is_the_same_step_and_is_not_compiled_again(module, monkeypatch):
     candidate, inductor = module("candidate"), module("inductor")
-    problem = candidate.Problem(candidate.Case("tiny", 1, (1, 4, 4), width=8, depth=1), CPU)
+    problem = candidate.Problem(candidate.Case("tiny", 1, (1, 4, 4), options={"width": 8, "depth": 1}), CPU)
     options = [{"no such option": True}, {"freezing": True, "fallback_random": True}]
     monkeypatch.setattr(inductor.Compiled, "options", lambda self: options)
     made = inductor.Compiled(torch.float32)
@@ -223,6 +310,19 @@ def test_multiply_adds_are_counted(module, tiny):
     assert module("sampler").multiply_adds(tiny()) == convolutions + others
 
 
+def test_multiply_adds_of_attention_are_counted(module, tiny_paper):
+    """The tiny one by hand: 3x3 convolutions, 1x1 shortcuts, attention, the time embedding and its projections."""
+    pairs = [(3, 16, 8), (16, 16, 8), (16, 16, 8), (16, 16, 4), (16, 32, 4), (32, 32, 4)]  # down
+    pairs += [(32, 32, 4)] * 4  # the mid block
+    pairs += [(64, 32, 4), (32, 32, 4), (48, 32, 4), (32, 32, 4), (32, 32, 8)]  # up
+    pairs += [(48, 16, 8), (16, 16, 8), (32, 16, 8), (16, 16, 8), (16, 3, 8)]
+    convolutions = sum(9 * a * b * edge * edge for a, b, edge in pairs)
+    shortcuts = 16 * 32 * 16 + (64 + 48) * 32 * 16 + (48 + 32) * 16 * 64
+    attention = sum(4 * c * c * p + 2 * p * p * c for c, p in [(16, 64), (32, 16), (16, 64), (16, 64)])
+    time_ = 16 * 64 + 64 * 64 + 64 * (16 + 32 + 32 + 32 + 32 + 32 + 16 + 16)
+    assert module("sampler").multiply_adds(tiny_paper()) == convolutions + shortcuts + attention + time_
+
+
 def test_turns_are_taken_by_all_and_begun_by_each(module):
     calls = []
 
@@ -282,10 +382,63 @@ def test_drift_compares_final_images(module, tiny):
 
 
 @pytest.fixture
-def quick_run(module, tiny, monkeypatch):
-    """run.py with a tiny network in the tutorial's place, and without measuring the machine."""
-    case = tiny().case
+def quick_host(module, monkeypatch):
+    """host.py with runs of 20 steps."""
+    host = module("host")
+    short = {name: (20, options) for name, (_, options) in host.SCHEDULERS.items()}
+    monkeypatch.setattr(host, "SCHEDULERS", short)
+    return host
+
+
+@pytest.mark.no_poison
+def test_schedulers_are_timed_beside_diffusers_own(module, quick_host):
+    pytest.importorskip("diffusers")
+    rows = quick_host.run_host(0.02)
+    assert [row["scheduler"] for row in rows] == ["DDPMScheduler", "DDIMScheduler"]
+    for row in rows:
+        assert row["status"] == "ok"
+        assert 0 < row["difference"] < 2e-4  # the tables of diffusers are float32
+        assert len(row["rounds_s"]["ours"]) == len(row["rounds_s"]["diffusers"]) >= 5
+        assert all(0 < seconds < 1 for times in row["rounds_s"].values() for seconds in times)
+    text = quick_host.lines(rows)
+    assert len(text) == 3
+    assert "us: " in text[1]
+    assert "wanted 5.0x" in text[1]
+
+
+def test_a_scheduler_that_is_wrong_gets_no_speed(module, quick_host, monkeypatch):
+    diffusers = pytest.importorskip("diffusers")
+
+    class Spoilt(diffusers.DDPMScheduler):
+        def step(self, m, t, x, generator=None):
+            result = super().step(m, t, x, generator=generator)
+            result.prev_sample = result.prev_sample + 1e-2
+            return result
+
+    stand_in = types.SimpleNamespace(DDPMScheduler=Spoilt, DDIMScheduler=diffusers.DDIMScheduler)
+    monkeypatch.setitem(sys.modules, "ddpm_fast.interop.diffusers", stand_in)
+    wrong, right = quick_host.run_host(0.02)
+    assert (wrong["status"], wrong["rounds_s"]) == ("wrong", {})
+    assert "DDPMScheduler  wrong: images differ by" in quick_host.lines([wrong])[1]
+    assert right["status"] == "ok"
+    assert right["difference"] == 0
+    result = {"ops": [], "cases": [], "host": [wrong, right]}
+    assert module("run").failed(result) == [f"DDPMScheduler: {wrong['reason']}"]
+
+
+def test_without_diffusers_no_scheduler_is_timed(module, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ddpm_fast.interop.diffusers", None)
+    rows = module("host").run_host()
+    assert [row["status"] for row in rows] == ["missing", "missing"]
+    assert "not installed; pip install" in rows[0]["reason"]
+
+
+@pytest.fixture
+def quick_run(module, tiny, tiny_paper, monkeypatch):
+    """run.py with tiny networks in the places of the real ones, and without measuring the machine."""
+    case, paper = tiny().case, tiny_paper().case
     monkeypatch.setattr(module("sampler"), "tutorial", lambda n: case)
+    monkeypatch.setattr(module("sampler"), "paper", lambda n: dataclasses.replace(paper, name="ddpm-cifar10-32", n=n))
     rates = {"bfloat16": 2e11, "float32": 1e11, "read": 1e10}
     monkeypatch.setattr(module("machine"), "peaks", lambda device, budget: rates)
     return module("run")
@@ -305,6 +458,37 @@ def test_run_prints_a_table_and_writes_the_result(module, quick_run, tmp_path, c
     assert result["machine"]["threads"] == torch.get_num_threads()
     assert result["machine"]["versions"]["torch"] == torch.__version__
     assert result["settings"]["sections"] == ["sampler"]
+
+
+def test_run_measures_the_paper(module, quick_run, tmp_path, capsys):
+    pytest.importorskip("diffusers")
+    out = tmp_path / "result.json"
+    arguments = ["--only", "paper", "--n", "1,2", "--candidates", "F16,D32,D16", "--seconds", "0.02"]
+    assert quick_run.main([*arguments, "--out", str(out)]) == 0
+    text = capsys.readouterr().out
+    assert "ddpm-cifar10-32, n = 1; a step" in text
+    assert "F16 against the best baseline" in text
+    result = module("results").load(out)
+    assert [(case["network"], case["n"]) for case in result["cases"]] == [
+        ("ddpm-cifar10-32", 1),
+        ("ddpm-cifar10-32", 2),
+    ]
+    assert result["cases"][0]["options"]["block_out_channels"] == [16, 32]
+    found = [(row.case, row.baseline, row.n, row.least) for row in module("results").targets(result)]
+    assert found == [("ddpm-cifar10-32", baseline, n, 1.0) for n in (1, 2) for baseline in ("D32", "D16")]
+    lines = [line for line in text.splitlines() if ", wanted 1.0x: " in line]
+    assert len(lines) == 4
+    assert lines[0].split()[:5] == ["ddpm-cifar10-32,", "n", "=", "1", "against"]
+
+
+def test_without_diffusers_the_paper_is_rows_that_say_so(module, tiny_paper, monkeypatch):
+    """Without the peer there is nothing to check against, so nothing gets a speed."""
+    sampler, case = module("sampler"), tiny_paper().case
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    found = sampler.run_case(case, CPU, ["F32", "E32", "D32"], budget=0.02, turn=0.005)
+    for record in found["candidates"]:
+        assert (record["status"], record["rounds_s"]) == ("missing", [])
+        assert "pip install diffusers" in record["reason"]
 
 
 def test_a_wrong_result_of_ours_is_an_exit_code(module, quick_run, tmp_path, capsys, monkeypatch):

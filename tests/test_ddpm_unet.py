@@ -11,6 +11,8 @@ from unet_configs import OPTIONS, SMALL, config_of, inputs_of
 import ddpm_fast
 from ddpm_fast.nn import DDPMUNet
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 BOUND = 2e-5
 
 

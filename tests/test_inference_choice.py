@@ -10,7 +10,7 @@ import torch
 from inference_models import exact, inputs, make_unet, measured_anew, one_thread, relative_error
 
 from ddpm_fast import inference
-from ddpm_fast.inference import library, module, native, plan, planner
+from ddpm_fast.inference import library, module, native, plan, planner, trial
 from ddpm_fast.inference.candidate import Frame, Place
 from ddpm_fast.inference.network import Conv, Layer
 
@@ -74,6 +74,41 @@ class TestChoice:
             with pytest.warns(RuntimeWarning, match="wrong computes layer down1.conv2 with a relative error"):
                 got = inference.compile(net, deterministic=deterministic)(x, t)
             assert relative_error(got, exact(net, x, t)) < 1e-5
+
+    def test_one_that_is_wrong_at_one_of_several_like_layers_is_not_used_there(self, monkeypatch) -> None:
+        """down1.conv2 and conv_up1.conv2 differ in their weights only and are timed together."""
+        net = make_unet(depth=1)
+        x, t = inputs(2, (3, 4, 4))
+        real = planner.listed
+
+        class Partial:
+            name = "partial"
+
+            def prepare(self, layer: Layer, place: Place):
+                bound = library._conv2d(layer, place)
+
+                def run(frame: Frame) -> None:
+                    bound(frame)
+                    if layer.name == "conv_up1.conv2":
+                        place.target[0, 0, 0, 0] += 3
+
+                return run
+
+        def listed(layer: Layer, place: Place):
+            alike = layer.name in ("down1.conv2", "conv_up1.conv2")
+            return [*([Partial()] if alike else []), *real(layer, place)]
+
+        monkeypatch.setattr(planner, "listed", listed)
+        for name, value in {"HOPELESS": 1e9, "SLOWER": 1e9, "CLOSE": 1e9, "APART": 0.0}.items():
+            monkeypatch.setattr(trial, name, value)  # whatever the times, what is listed first
+        monkeypatch.setattr(planner, "signature", lambda layer, place: str(layer.weight.shape))
+        fused = inference.compile(net)
+        with pytest.warns(RuntimeWarning, match=r"partial computes layer conv_up1\.conv2 with a relative error"):
+            fused.plan(2, 4, 4)
+        assert relative_error(fused(x, t), exact(net, x, t)) < 1e-5
+        chosen = {ranking.layer: ranking.chosen for ranking in fused.plan(2, 4, 4).choices}
+        assert chosen["down1.conv2"] == "partial"
+        assert chosen["conv_up1.conv2"] != "partial"
 
     def test_one_that_cannot_serve_is_left_out_and_none_at_all_is_an_error(self, monkeypatch) -> None:
         real = planner.listed

@@ -39,6 +39,7 @@ NETS = [
     (1, (3, 16, 24), {"downsample_padding": 1, "attention_head_dim": 8}),
     (3, (1, 8, 8), {"in_channels": 1, "out_channels": 1, "resnet_time_scale_shift": "scale_shift"}),
     (3, (3, 8, 8), {"num_class_embeds": 4}),
+    (2, (3, 8, 8), {"out_channels": 6}),
     (2, (3, 8, 8), {"mid_block_type": None, "layers_per_block": 2}),
     (2, (3, 8, 8), {"add_attention": False, "block_out_channels": (20, 36), "norm_num_groups": 4}),  # none of ours
     (2, (3, 8, 12), THREE),
@@ -182,6 +183,21 @@ def test_sampler_gives_the_same_images_with_and_without_the_plan(options) -> Non
     assert (images[0] - images[1]).abs().max() < 1e-4
 
 
+@pytest.mark.parametrize("method", ["ddpm", "ddim"])
+@pytest.mark.parametrize("chunk", [None, 2])
+def test_a_learned_variance_is_sampled_with_and_without_the_plan(method, chunk) -> None:
+    net, schedule = make_net(out_channels=6), ddpm_fast.Schedule.linear(1000)
+    plain, fused = (
+        ddpm_fast.Sampler(
+            net, schedule, steps=8, method=method, variance="learned_range", clip=1.0, chunk=chunk, fused=fused
+        )
+        for fused in (False, True)
+    )
+    assert fused.fused
+    one, other = (sampler.sample(3, (3, 8, 8), seed=0) for sampler in (plain, fused))
+    assert (one - other).abs().max() < 1e-4
+
+
 def test_labels_are_asked_for_where_no_label_means_none() -> None:
     net, (x, t) = make_net(num_class_embeds=4), inputs(2, (3, 8, 8))
     fused = inference.compile(net)
@@ -221,7 +237,6 @@ def _other_heads() -> DDPMUNet:
         (lambda: make_net(center_input_sample=True), "center_input_sample=True, only False"),
         (lambda: make_net(time_embedding_type="fourier"), "time_embedding_type='fourier'"),
         (lambda: make_net(class_embed_type="identity"), "class_embed_type='identity'"),
-        (lambda: make_net(out_channels=6), "6 channels out for 3 in"),
         (_resampling, "down_blocks.0.downsamplers.0, a residual block that resamples"),
         (_hooked, "mid_block.attentions.0.to_v has forward hooks"),
         (_regrouped, "down_blocks.0.resnets.0.norm1 is GroupNorm"),
@@ -233,3 +248,45 @@ def test_what_no_plan_covers_is_refused_with_the_reason(make, reason) -> None:
     assert not inference.knows(net)
     with pytest.raises(TypeError, match=reason):
         inference.compile(net)
+
+
+class TestOfDiffusers:
+    """Networks of diffusers' class are read as the `DDPMUNet` that they are."""
+
+    @pytest.fixture(params=["diffusers", "ddpm_fast.interop.diffusers"])
+    def unet(self, request: pytest.FixtureRequest) -> nn.Module:
+        package = pytest.importorskip(request.param, reason="pip install 'ddpm_fast[diffusers]'")
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            unet: nn.Module = package.UNet2DModel(**SMALL).eval()
+        return unet
+
+    def test_its_plan_gives_what_it_gives(self, unet) -> None:
+        x, t = inputs(2, (3, 16, 16))
+        fused = inference.compile(unet)
+
+        def expected() -> Tensor:
+            with torch.no_grad():
+                return copy.deepcopy(unet).double()(x.double(), t).sample
+
+        assert relative_error(fused(x, t), expected()) < 5e-6
+        with torch.no_grad():
+            unet.conv_out.weight.mul_(2)  # the object itself is watched
+            unet.mid_block.attentions[0].to_q.bias.add_(1)
+        assert relative_error(fused(x, t), expected()) < 5e-6
+
+    def test_where_it_is_faster_it_runs_itself(self, unet, monkeypatch) -> None:
+        monkeypatch.setattr(module.Module, "beats", lambda *_: 1.0)
+        x, t = inputs(2, (3, 16, 16))
+        with torch.no_grad():
+            assert relative_error(inference.compile(unet)(x, t), unet(x, t).sample) < 1e-6
+
+    def test_altered_it_is_refused(self, unet) -> None:
+        unet.conv_in.register_forward_hook(lambda *_: None)
+        assert "conv_in has forward hooks" in str(inference.unknown_reason(unet))
+
+    def test_with_other_blocks_it_is_refused(self) -> None:
+        diffusers = pytest.importorskip("diffusers", reason="pip install 'ddpm_fast[diffusers]'")
+        blocks = {"down_block_types": ("SkipDownBlock2D",) * 2, "up_block_types": ("SkipUpBlock2D",) * 2}
+        unet = diffusers.UNet2DModel(**{**SMALL, **blocks, "block_out_channels": (32, 32)})
+        assert "no fused plan covers this UNet2DModel" in str(inference.unknown_reason(unet))

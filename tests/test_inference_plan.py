@@ -202,7 +202,7 @@ class TestPlans:
             inference.compile(net, dtype=torch.bfloat16)(x, t)
 
     def test_a_large_batch_takes_the_choices_of_a_smaller_one(self, monkeypatch) -> None:
-        monkeypatch.setattr(planner, "TRIED_IMAGES", 3)
+        monkeypatch.setattr(planner, "TRIED_PIXELS", 3 * 8 * 8)
         net = make_unet()
         fused = inference.compile(net)
         x, t = inputs(7, (3, 8, 8))

@@ -10,17 +10,11 @@ import safetensors.torch
 import torch
 from unet_configs import OPTIONS, SMALL, config_of, inputs_of
 
-from ddpm_fast.interop import _unets
-from ddpm_fast.interop._unets import (
-    from_diffusers,
-    load_unet,
-    new_keys,
-    old_keys,
-    save_unet,
-    to_diffusers,
-    unet_arguments,
-)
+from ddpm_fast.interop import _unets, from_diffusers, load_unet, new_keys, old_keys, save_unet, to_diffusers
+from ddpm_fast.interop._unets import unet_arguments
 from ddpm_fast.nn import DDPMUNet
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 UNet2DModel = diffusers.UNet2DModel
 WEIGHTS = "diffusion_pytorch_model"

@@ -4,7 +4,8 @@ import dataclasses
 
 import numpy as np
 import pytest
-from sampler_models import Net
+import torch
+from sampler_models import SHAPE, Net
 
 from ddpm_fast.presets import DEFAULT, PRESETS, preset
 from ddpm_fast.sampler import Sampler
@@ -81,6 +82,34 @@ def test_an_explicit_argument_wins():
     assert list(chosen(like="diffusers", steps=[7, 3]).steps.timesteps) == [7, 3]
     assert list(chosen(like="diffusers", steps=4, steps_offset=1).steps.timesteps) == [751, 501, 251, 1]
     assert len(chosen(like="lucidrains", steps=np.int64(9)).steps) == 9
+
+
+def test_solvers_have_choices_of_their_own():
+    for like in (None, *PRESETS):
+        solver = chosen(like=like, method="dpmsolver++", steps=20)
+        assert list(solver.steps.timesteps) == list(LINEAR.timesteps(20, "linspace_open"))
+        assert solver.clip == (False if like == "diffusers" else preset(like).clip)
+        assert chosen(like=like, method="dpmsolver++", steps=20, spacing="leading", clip=0.5).clip == 0.5
+        assert len(chosen(like=like, method="dpmsolver++").steps) == 1000
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.6])
+@pytest.mark.parametrize("clip", [False, 1.0])
+def test_ddim_that_ends_at_the_first_timestep_is_diffusers(eta, clip):
+    peer = pytest.importorskip("diffusers").DDIMScheduler(
+        set_alpha_to_one=False, steps_offset=1, clip_sample=bool(clip)
+    )
+    peer.set_timesteps(10)
+    net, x, z = Net().eval(), torch.randn(2, *SHAPE, generator=torch.Generator().manual_seed(0)), torch.ones(2, *SHAPE)
+    choices = {"method": "ddim", "eta": eta, "clip": clip, "steps": 10, "steps_offset": 1, "set_alpha_to_one": False}
+    sampler = Sampler(net, LINEAR, like="diffusers", **choices)
+    assert sampler.timesteps == peer.timesteps.tolist()
+    assert "set_alpha_to_one=False" in repr(sampler)
+    for step in sampler.stream(2, SHAPE, x=x, noise=lambda row, t: z):
+        with torch.no_grad():
+            m = net(x, torch.full((2,), step.t))
+        x = peer.step(m, step.t, x, eta=eta, variance_noise=z if eta else None).prev_sample
+        assert (step.x - x).abs().max() <= 2e-5 * x.abs().max()
 
 
 def test_schedules_of_each_peer():

@@ -38,6 +38,7 @@ def both(net: torch.nn.Module, schedule: Schedule = LINEAR, **arguments) -> tupl
         {},
         {"steps": 8},
         {"method": "ddim", "steps": 5, "eta": 0.5},
+        {"method": "dpmsolver++", "steps": 8},
         {"prediction": "v"},
         {"prediction": "x0"},
         {"time_scale": "rescaled", "steps": 6},
@@ -62,6 +63,25 @@ def test_thresholding_sees_the_plans_output() -> None:
     expected = Sampler(net, LINEAR, thresholding=0.9).sample(3, SHAPE, seed=0)
     got = Sampler(net, LINEAR, thresholding=0.9, fused=True).sample(3, SHAPE, seed=0)
     torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_a_multistep_run_resumes_and_streams() -> None:
+    plain, fused = both(make_unet(), method="dpmsolver++", steps=6)
+    whole = fused.sample(2, SHAPE, seed=0)
+    for step, expected in zip(fused.stream(2, SHAPE, seed=0), plain.stream(2, SHAPE, seed=0), strict=True):
+        torch.testing.assert_close(step.x, expected.x, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(step.x0, expected.x0, rtol=1e-3, atol=1e-3)
+        assert torch.equal(fused.sample(2, SHAPE, **step.state()), whole)
+
+
+def test_generators_draw_in_the_dtype_of_the_model() -> None:
+    plain, fused = both(make_unet(), steps=4)
+    half = Sampler(plain.model, LINEAR, clip=1.0, steps=4, dtype=torch.bfloat16, fused=True)
+    expected = plain.sample(2, SHAPE, generator=torch.Generator().manual_seed(0))
+    got = fused.sample(2, SHAPE, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-3)
+    got = half.sample(2, SHAPE, generator=torch.Generator().manual_seed(0))
+    assert relative_error(got, expected) < 0.05
 
 
 @pytest.mark.parametrize("guidance", [1.0, 2.5])
@@ -254,6 +274,11 @@ class TestModelsThatAreNotKnown:
         assert "bottleneck has forward hooks" in fused.not_fused_because
         assert torch.equal(fused.sample(1, SHAPE, seed=0), plain.sample(1, SHAPE, seed=0))
         assert len(seen) == 6
+
+    def test_a_network_without_a_variance_where_one_is_asked_for(self) -> None:
+        fused = Sampler(make_unet(), LINEAR, variance="learned_range", fused=True)
+        with pytest.raises(ValueError, match=r"must return shape \(1, 6, 16, 16\).*this one predicts no variance"):
+            fused.sample(1, (3, 16, 16), seed=0)
 
 
 @pytest.mark.skipif(not native.available(), reason="the extension has no inference layers here")

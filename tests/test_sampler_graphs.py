@@ -83,7 +83,14 @@ class TestControl:
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     def test_every_layout_gives_what_eager_gives(self, captures, dtype):
         net = Net(num_classes=4).to(dtype)
-        for choices in ({}, {"deterministic": True, "chunk": 2}, {"thresholding": (0.9, 2.0)}, {"method": "ddim"}):
+        solver = {"method": "dpmsolver++", "thresholding": (0.9, 2.0)}
+        for choices in (
+            {},
+            {"deterministic": True, "chunk": 2},
+            {"thresholding": (0.9, 2.0)},
+            {"method": "ddim"},
+            solver,
+        ):
             graphed, eager = both(net, **choices)
             for call in ({}, {"labels": 1}, {"labels": 1, "guidance": 2.0}):
                 first = graphed.sample(3, SHAPE, seed=0, **call)

@@ -29,6 +29,8 @@ class TestTimesteps:
             ("trailing", [999, 979, 959], [39, 19]),
             ("trailing_floor", [999, 979, 959], [39, 19]),
             ("linspace", [999, 979, 958], [20, 0]),
+            ("linspace_open", [999, 979, 959], [40, 20]),
+            ("leading_open", [950, 931, 912], [38, 19]),
             ("sections", [999, 979, 958], [20, 0]),
         ],
     )
@@ -55,8 +57,9 @@ class TestTimesteps:
         assert list(LINEAR.timesteps(4, "leading", steps_offset=1)) == [751, 501, 251, 1]
         assert list(LINEAR.timesteps(3, "trailing")) == [999, 666, 332]
         assert list(LINEAR.timesteps(3, "trailing_floor")) == [999, 665, 332]
-        for spacing in ("trailing", "trailing_floor", "linspace"):
+        for spacing in ("trailing", "trailing_floor", "linspace", "linspace_open"):
             assert list(LINEAR.timesteps(1, spacing)) == [999]
+        assert list(LINEAR.timesteps(3, "leading_open", steps_offset=1)) == [751, 501, 251]
 
     @pytest.mark.parametrize("spacing", ["leading", "trailing", "trailing_floor", "linspace", "sections"])
     def test_strictly_descending_inside_and_complete_for_every_count(self, spacing):
@@ -68,6 +71,24 @@ class TestTimesteps:
             assert timesteps[0] <= 96
             assert (np.diff(timesteps) < 0).all()
         assert list(schedule.timesteps(97, spacing)) == list(range(96, -1, -1))
+
+    @pytest.mark.parametrize("spacing", ["linspace_open", "leading_open"])
+    def test_open_spacings_leave_0_out(self, spacing):
+        schedule = Schedule.linear(97)
+        for steps in range(1, 97):
+            timesteps = schedule.timesteps(steps, spacing)
+            assert len(timesteps) == steps
+            assert timesteps[-1] >= 1
+            assert timesteps[0] <= 96
+            assert (np.diff(timesteps) < 0).all()
+        with pytest.raises(ValueError, match=rf"steps must be in 1\.\.96 for spacing='{spacing}', .* got 97"):
+            schedule.timesteps(97, spacing)
+
+    def test_a_number_of_solver_steps_is_spread_to_the_open_end(self):
+        assert list(LINEAR.step_table(4, method="dpmsolver++").timesteps) == [999, 749, 500, 250]
+        assert list(LINEAR.step_table(4, method="dpmsolver++", spacing="trailing").timesteps) == [999, 749, 499, 249]
+        assert len(LINEAR.step_table(method="dpmsolver++")) == 1000
+        assert list(LINEAR.step_table([7, 3], method="dpmsolver++").timesteps) == [7, 3]
 
     def test_explicit_list_from_any_container(self):
         for steps in ([9, 4, 0], (9, 4, 0), np.array([9, 4, 0]), torch.tensor([9, 4, 0]), range(9, 2, -3)):
@@ -170,6 +191,96 @@ def test_every_combination_is_the_textbook_step(schedule, timesteps):
                 np.testing.assert_allclose(
                     table_step(coefficients, x, m, z), expected, rtol=0, atol=1e-11 * scale, err_msg=str((row, choice))
                 )
+
+
+def textbook_2m(x, x0, x0_prev, levels, row):
+    """Lu et al. 2022, Algorithm 2: lambda = log(alpha / sigma), D from the last two estimates of the data."""
+    alpha, sigma = ([f(A) for A in levels] for f in (math.sqrt, lambda A: math.sqrt(1 - A)))
+    if row + 1 == len(levels) - 1:
+        return x0  # h is infinite: sigma = 0, alpha = 1, e^-h = 0
+    lam = [math.log(a / s) for a, s in zip(alpha[:-1], sigma[:-1], strict=True)]
+    h = lam[row + 1] - lam[row]
+    D = x0
+    if row:
+        r = (lam[row] - lam[row - 1]) / h
+        D = (1 + 1 / (2 * r)) * x0 - 1 / (2 * r) * x0_prev
+    return sigma[row + 1] / sigma[row] * x - alpha[row + 1] * (math.exp(-h) - 1) * D
+
+
+@pytest.mark.parametrize("timesteps", LISTS)
+@pytest.mark.parametrize("schedule", [Schedule.linear(100), Schedule.cosine(100)], ids=["linear", "cosine"])
+def test_dpmsolver_is_the_textbook_step(schedule, timesteps):
+    random = np.random.default_rng(0)
+    for prediction, clip, order in itertools.product(["eps", "x0", "v"], [None, 0.7], [1, 2]):
+        choice = {"method": "dpmsolver++", "prediction": prediction, "clip": clip}
+        steps = schedule.step_table(**LISTS[timesteps], **choice, solver_order=order)
+        levels = [math.prod(1 - b for b in schedule.betas[: t + 1]) for t in steps.timesteps] + [1.0]
+        assert steps.needs_history == (order == 2 and len(steps) > 2)
+        for row, coefficients in enumerate(steps.coefficients):
+            for x, m, x0_prev in random.normal(size=(4, 3)):
+                a, b, c1, c2, c3, c4, s, bound = coefficients
+                unclipped = predicted_x0(x, m, levels[row], prediction)
+                x0 = max(-clip, min(clip, unclipped)) if clip else unclipped
+                got = c1 * max(-bound, min(bound, a * x - b * m)) + c2 * x + c3 * m + c4 * x0_prev
+                if order == 2:
+                    expected = textbook_2m(x, x0, x0_prev, levels, row)
+                else:  # Song et al. 2021, eq. 12, with eps from the clipped x0
+                    A, P = levels[row : row + 2]
+                    expected = math.sqrt(P) * x0 + math.sqrt(1 - P) * (x - math.sqrt(A) * x0) / math.sqrt(1 - A)
+                scale = 1.0 + abs(coefficients).max(initial=0, where=np.isfinite(coefficients))
+                assert got == pytest.approx(expected, abs=1e-10 * scale), (row, choice)
+                assert a * x - b * m == pytest.approx(unclipped, abs=1e-11 * scale)
+                assert s == 0
+
+
+def test_dpmsolver_starts_from_pure_noise():
+    """Zero terminal SNR: lambda is -inf in row 0, so nothing is extrapolated from its x0, and all stays finite."""
+    schedule = Schedule.linear(100).rescale_zero_terminal_snr()
+    for steps in (2, 10):
+        table = schedule.step_table(steps, spacing="trailing", method="dpmsolver++", prediction="v", clip=1.0)
+        assert np.isfinite(table.coefficients).all()
+        assert table.coefficients[0, 3] == pytest.approx(math.sqrt(1 - schedule.alphas_cumprod[table.timesteps[1]]))
+        assert table.coefficients[1, 5] == 0
+        assert table.needs_history == (steps > 2)
+
+
+def test_learned_variances():
+    schedule = Schedule.linear(100)
+    for steps in (None, 10, [80, 30, 29]):
+        large = schedule.step_table(steps, variance="fixed_large", clip=1.0)
+        small = schedule.step_table(steps, variance="fixed_small", clip=1.0).coefficients[:-1, 6]
+        for variance in ("learned", "learned_range"):
+            learned = schedule.step_table(steps, variance=variance, clip=1.0)
+            np.testing.assert_array_equal(learned.coefficients, large.coefficients)
+        assert large.logvar_range is None
+        assert schedule.step_table(steps, variance="learned").logvar_range is None
+        assert schedule.step_table(steps, method="ddim", variance="learned_range").logvar_range is None
+        limits = learned.logvar_range
+        assert limits.dtype == torch.float32
+        A = schedule.alphas_cumprod[learned.timesteps]
+        beta = 1 - A / np.append(A[1:], 1.0)
+        np.testing.assert_allclose(limits[:, 1], np.log(beta), rtol=1e-6)
+        np.testing.assert_allclose(limits[:-1, 0], 2 * np.log(small), rtol=1e-6)
+        assert limits[-1, 0] == limits[-2, 0]  # the posterior's variance is 0 there, and nothing is drawn
+        assert learned.to("meta").logvar_range.is_meta
+    one = schedule.step_table([50], variance="learned_range").logvar_range
+    assert one.shape == (1, 2)
+    assert torch.isfinite(one).all()
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.7])
+def test_the_last_row_of_ddim_may_arrive_at_the_first_timestep(eta):
+    schedule, random = Schedule.linear(100), np.random.default_rng(0)
+    steps = schedule.step_table([70, 30, 9], method="ddim", eta=eta, clip=0.7, set_alpha_to_one=False)
+    plain = schedule.step_table([70, 30, 9], method="ddim", eta=eta, clip=0.7)
+    np.testing.assert_array_equal(steps.coefficients[:-1], plain.coefficients[:-1])
+    A, P = schedule.alphas_cumprod[[9, 0]]
+    choice = {"method": "ddim", "prediction": "eps", "variance": "", "eta": eta, "clip": 0.7, "rederive_eps": True}
+    for x, m, z in random.normal(size=(4, 3)):
+        np.testing.assert_allclose(
+            table_step(steps.coefficients[-1], x, m, z), textbook_step(x, m, z, A, P, **choice), rtol=0, atol=1e-12
+        )
+    assert (steps.coefficients[-1, 6] != 0) == (eta != 0)
 
 
 @pytest.mark.parametrize("timesteps", LISTS)

@@ -15,11 +15,11 @@ from ddpm_fast.backends.triton import launch
 from ddpm_fast.backends.triton.conv_call import Tile
 from ddpm_fast.inference import gpu, gpu_layers, library
 from ddpm_fast.inference.candidate import Packs
+from ddpm_fast.inference.check import BOUNDS, error, exact
 from ddpm_fast.inference.gpu_tiles import tiles
 from ddpm_fast.inference.known import read
 from ddpm_fast.inference.network import Attention, Conv, Layer, Linear, Norm, Output, Up
 from ddpm_fast.inference.plan import frame_for, places
-from ddpm_fast.inference.trial import BOUNDS, error, exact
 from ddpm_fast.nn import DDPMUNet, UNet
 
 interpreted = pytest.mark.skipif(not launch.INTERPRETED, reason="kernels are compiled here: there is a GPU")

@@ -159,20 +159,20 @@ void store(const Array& array, const Shape& shape, const Run& run, const float* 
   });
 }
 
-FloatRows load_rows(const Array& array, const Rows& rows, Tile& scratch) {
+FloatRows load_rows(const Array& array, const Rows& rows, float* scratch) {
   if (array.dtype == DType::f32) return {static_cast<const float*>(array.data) + rows.at, rows.stride};
   if (rows.stride == rows.length) {
-    widen(array, rows.at, scratch.v, rows.count * rows.length, 1);
+    widen(array, rows.at, scratch, rows.count * rows.length, 1);
   } else {
     for (int64_t r = 0; r < rows.count; ++r)
-      widen(array, rows.at + r * rows.stride, scratch.v + r * rows.length, rows.length, 1);
+      widen(array, rows.at + r * rows.stride, scratch + r * rows.length, rows.length, 1);
   }
-  return {scratch.v, rows.length};
+  return {scratch, rows.length};
 }
 
-StoreRows begin_store_rows(const Array& array, const Rows& rows, Tile& scratch) {
+StoreRows begin_store_rows(const Array& array, const Rows& rows, float* scratch) {
   if (array.dtype == DType::f32) return {static_cast<float*>(array.data) + rows.at, rows.stride};
-  return {scratch.v, rows.length};
+  return {scratch, rows.length};
 }
 
 void store_rows(const Array& array, const Rows& rows, const StoreRows& values) {

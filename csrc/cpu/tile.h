@@ -30,8 +30,8 @@ const float* load(const float* array, const Shape& shape, const Run& run, Tile& 
 float* begin_store(const Array& array, const Shape& shape, const Run& run, Tile& scratch);
 void store(const Array& array, const Shape& shape, const Run& run, const float* values);
 
-// `count` rows of `length` elements, the first from element `at` on, in memory `stride` elements apart. At most kTile
-// elements; as floats they are where they lie or, packed, in `scratch`.
+// `count` rows of `length` elements, the first from element `at` on, in memory `stride` elements apart. As
+// floats they are where they lie or, packed, in `scratch`.
 struct Rows {
   int64_t at, count, length, stride;
 };
@@ -39,14 +39,14 @@ struct FloatRows {
   const float* v;
   int64_t stride;
 };
-FloatRows load_rows(const Array& array, const Rows& rows, Tile& scratch);
+FloatRows load_rows(const Array& array, const Rows& rows, float* scratch);
 
 // Where to compute rows, as begin_store and store do for runs.
 struct StoreRows {
   float* v;
   int64_t stride;
 };
-StoreRows begin_store_rows(const Array& array, const Rows& rows, Tile& scratch);
+StoreRows begin_store_rows(const Array& array, const Rows& rows, float* scratch);
 void store_rows(const Array& array, const Rows& rows, const StoreRows& values);
 
 // `count` elements as floats; a missing array is `missing` throughout.

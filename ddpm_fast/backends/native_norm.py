@@ -30,8 +30,9 @@ class _Call:
         rstd: Tensor,
         num_groups: int,
         act: str,
-        workspace_of_part: int,
+        workspace: tuple[int, int],
     ) -> None:
+        """``workspace``: floats for each part and besides, where there are several parts."""
         from ddpm_fast.backends import native  # not above, because native imports this module
 
         self.native = native
@@ -43,10 +44,10 @@ class _Call:
             if layout.channels_last and width > MAX_CHANNELS_ACROSS:
                 layout = Layout(layout.n, layout.channels, layout.inner, False)
             parts = max(1, min(-(-width * layout.inner // ELEMENTS_OF_PART), layout.inner))
-        workspace = h.new_empty(workspace_of_part * parts if parts > 1 else 0, dtype=torch.float32)
+        scratch = h.new_empty(workspace[0] * parts + workspace[1] if parts > 1 else 0, dtype=torch.float32)
         bias, temb, weight, beta = (native._flat(value) for value in (bias, temb, weight, beta))
         self.layout, dense = layout, layout.dense(h)
-        self.kept_alive = (dense, bias, temb, weight, beta, workspace)
+        self.kept_alive = (dense, bias, temb, weight, beta, scratch)
 
         def array(value: Tensor | None) -> tuple[int, int]:
             return native._address(value), native._dtype(value)
@@ -67,7 +68,7 @@ class _Call:
             native._address(mean),
             native._address(rstd),
             parts,
-            native._address(workspace),
+            native._address(scratch),
         )
 
 
@@ -82,12 +83,12 @@ def group_norm_silu(
     act: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y = act(GroupNorm(h + bias + temb)), and mean and rstd of every group"""
-    n, channels = h.shape[:2]
+    n = h.shape[0]
     if h.numel() == 0:
         mean, rstd = (h.new_full((n, num_groups), float("nan"), dtype=torch.float32) for _ in range(2))
         return torch.empty_like(h), mean, rstd
     mean, rstd = (h.new_empty((n, num_groups), dtype=torch.float32) for _ in range(2))
-    call = _Call(h, bias, temb, weight, beta, mean, rstd, num_groups, act, 2 * n * num_groups)
+    call = _Call(h, bias, temb, weight, beta, mean, rstd, num_groups, act, (2 * n * num_groups, 0))
     y = Staged(torch.empty_like(h), call.layout)
     call.native._C.group_norm_silu(*call.arguments, eps, call.native._address(y.data))
     return y.commit(), mean, rstd
@@ -116,7 +117,7 @@ def group_norm_silu_backward(
     sums = [h.new_zeros((n, channels), dtype=torch.float32) for _ in range(3)]
     g_h = torch.empty_like(h) if need_h else nothing
     if h.numel() > 0:
-        call = _Call(h, bias, temb, weight, beta, mean, rstd, num_groups, act, 3 * n * channels)
+        call = _Call(h, bias, temb, weight, beta, mean, rstd, num_groups, act, (3 * n * channels, 2 * n * num_groups))
         address = call.native._address
         g_dense = call.layout.dense(g)
         staged = Staged(g_h, call.layout) if need_h else None

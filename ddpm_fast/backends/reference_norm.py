@@ -5,7 +5,6 @@ The statistics are those of float32 v, taken in float64 and rounded to float32.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from ddpm_fast.backends.reference_math import _compute_dtype, _into, _per_channel, silu, silu_grad

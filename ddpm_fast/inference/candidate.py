@@ -24,7 +24,7 @@ from .network import Layer
 class Frame:
     """What one run of a plan is given, besides its own static buffers. Every field may change from run to run.
 
-    x: the images, float32 (n, C, h, w) contiguous. out: where m goes, the same shape, dtype and layout.
+    x: the images, float32 (n, C, h, w) contiguous. out: where m goes, likewise, with its own channels.
     time_table: float32 [rows, columns], contiguous, a row per timestep, the embeddings of all blocks side by side.
     time_rows: int64 [n], the row of image i, on the device. label_table, label_rows: the same for what the class of
     image i adds, or both None.

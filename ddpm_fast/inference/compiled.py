@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..backends import native as extension
 from ..backends import resolve
 from . import native
+from .arguments import check_call, check_shape, in_range
 from .candidate import Packs
 from .known import read
 from .module import Modules
@@ -64,8 +65,13 @@ class Compiled:
 
     @property
     def in_channels(self) -> int:
-        """Channels of the images, in and out."""
+        """Channels of the images."""
         return self._network.in_channels
+
+    @property
+    def out_channels(self) -> int:
+        """Channels of what is predicted: as many, or twice, where the model also predicts a variance."""
+        return self._network.out_channels
 
     @property
     def num_classes(self) -> int | None:
@@ -94,12 +100,12 @@ class Compiled:
         """
         with self._lock, torch.inference_mode(False), torch.no_grad():
             self._look(full=False)
-            self._check(x, labels)
+            check_call(self._network, x, labels)
             if t.shape != x.shape[:1]:
                 raise ValueError(f"t must have shape ({x.shape[0]},), one per image, got {tuple(t.shape)}")
             if t.dtype == torch.bool or t.is_complex():
                 raise ValueError(f"t must be an integer or floating tensor, got {t.dtype}")
-            out = torch.empty(x.shape, dtype=torch.float32, device=x.device)
+            out = torch.empty(self._out_shape(x), dtype=torch.float32, device=x.device)
             if not x.shape[0]:
                 return out
             plan = self.plan(x.shape[0], x.shape[2], x.shape[3])
@@ -116,12 +122,13 @@ class Compiled:
         and returned. The weights are looked at by `refresh_if_changed`, which the caller calls once per run.
         """
         with self._lock, torch.inference_mode(False), torch.no_grad():
-            self._check(x, labels)
+            check_call(self._network, x, labels)
             table, timesteps = self._check_rows(x, rows)
+            shape = self._out_shape(x)
             if out is None:
-                out = torch.empty(x.shape, dtype=torch.float32, device=x.device)
-            elif out.shape != x.shape or out.dtype != torch.float32 or not out.is_contiguous() or _same(out, x):
-                raise ValueError(f"out must be float32 {tuple(x.shape)}, contiguous and not x, got {_what(out)}")
+                out = torch.empty(shape, dtype=torch.float32, device=x.device)
+            elif out.shape != shape or out.dtype != torch.float32 or not out.is_contiguous() or _same(out, x):
+                raise ValueError(f"out must be float32 {shape}, contiguous and not x, got {_what(out)}")
             if not x.shape[0]:
                 return out
             plan = self.plan(x.shape[0], x.shape[2], x.shape[3])
@@ -146,7 +153,7 @@ class Compiled:
         the same pass. For plans whose `step` is not None; x: float32, contiguous, changed in place. rows: [1].
         """
         with self._lock, torch.inference_mode(False), torch.no_grad():
-            self._check(x, labels)
+            check_call(self._network, x, labels)
             table, _ = self._check_rows(x, rows)
             plan = self.plan(x.shape[0], x.shape[2], x.shape[3])
             assert plan.step is not None
@@ -173,10 +180,12 @@ class Compiled:
         """
         if self.device.type != "cpu" or resolve("ddpm_step", x) is not extension.ddpm_step:
             return None
-        self._check(x, labels)
+        check_call(self._network, x, labels)
         table, _ = self._check_rows(x, row)
         plan, time = self.plan(x.shape[0], x.shape[2], x.shape[3]), self._network.time
         if plan.program is None or (labels is not None and labels.dtype != torch.int64) or time.joint:
+            return None
+        if m.shape != x.shape:
             return None
         if labels is None and time.null_label is not None:
             labels = torch.full((x.shape[0],), time.null_label, dtype=torch.int64)
@@ -198,7 +207,7 @@ class Compiled:
         ValueError for a shape that the model cannot take. Who captures a CUDA graph of `at_rows` must hold the result:
         plans that nobody holds and that were not used lately are dropped, with their buffers.
         """
-        self._check_shape((n, *shape))
+        check_shape(self._network, (n, *shape))
         return self.plan(n, shape[1], shape[2])
 
     def plan(self, n: int, h: int, w: int) -> Plan:
@@ -298,41 +307,8 @@ class Compiled:
         if changed:
             self.refresh()
 
-    def _check(self, x: Tensor, labels: Tensor | None) -> None:
-        """As the model's own checks, in its words."""
-        time = self._network.time
-        self._check_shape(tuple(x.shape))
-        if not x.is_floating_point():
-            raise ValueError(f"x must be a floating tensor, got {x.dtype}")
-        if x.device != self.device:
-            raise ValueError(f"x must be on {self.device}, where the model is, got {x.device}")
-        if x.requires_grad:
-            raise ValueError("x requires a gradient, which a fused plan does not compute; call the model itself")
-        if labels is None:
-            if time.classes is not None and time.null_label is None:
-                raise ValueError(f"labels are needed: the model has {time.classes} classes and no label for none")
-            return
-        if time.classes is None:
-            raise ValueError("labels were given to an unconditional UNet; build it with num_classes=K")
-        if labels.shape != x.shape[:1]:
-            raise ValueError(f"labels must have shape ({x.shape[0]},), got {tuple(labels.shape)}")
-        if labels.dtype not in (torch.int64, torch.int32):
-            raise ValueError(f"labels must be int64 or int32, got {labels.dtype}")
-        if labels.device.type == "cpu":
-            last = time.classes - 1
-            _in_range("labels", labels, last, "the last class" if time.null_label is None else "no label")
-
-    def _check_shape(self, shape: tuple[int, ...]) -> None:
-        channels, m = self._network.in_channels, self._network.divisor
-        if len(shape) != 4 or shape[1] != channels:
-            raise ValueError(f"x must have shape (N, {channels}, H, W), got {shape}")
-        h, w = shape[2:]
-        if h % m or w % m or not h or not w:
-            fit = tuple(max(-(-size // m), 1) * m for size in (h, w))
-            raise ValueError(
-                f"height and width of x must be multiples of {m}, got ({h}, {w}); pad or resize to the next valid size "
-                f"{fit}"
-            )
+    def _out_shape(self, x: Tensor) -> tuple[int, ...]:
+        return (x.shape[0], self.out_channels, *x.shape[2:])
 
     def _check_rows(self, x: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         """The time table and its timesteps, which these rows are in, as far as the host can see."""
@@ -341,7 +317,7 @@ class Compiled:
         if rows.dtype != torch.int64 or rows.shape not in ((1,), x.shape[:1]):
             raise ValueError(f"rows must be int64 of shape (1,) or ({x.shape[0]},), got {rows.dtype} {rows.shape}")
         if rows.device.type == "cpu":
-            _in_range("rows", rows, len(self._table) - 1, "the last of timesteps")
+            in_range("rows", rows, len(self._table) - 1, "the last of timesteps")
         return self._table, self._timesteps
 
     def _embedded(self, plan: Plan, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -389,10 +365,3 @@ def _same(a: Tensor, b: Tensor) -> bool:
 
 def _what(x: Tensor) -> str:
     return f"{x.dtype} {tuple(x.shape)} with strides {x.stride()}"
-
-
-def _in_range(name: str, values: Tensor, most: int, meaning: str) -> None:
-    if values.numel():
-        low, high = (int(value) for value in torch.aminmax(values))
-        if low < 0 or high > most:
-            raise ValueError(f"{name} must be in 0..{most} ({most} = {meaning}), got {low}..{high}")

@@ -37,10 +37,6 @@ def check_ddpm_unet(model: DDPMUNet) -> None:
             raise UnreadableError(f"no fused plan covers {name}={config[name]!r}, only {value!r}")
     if model.act != "silu":
         raise UnreadableError(f"no fused plan covers act_fn={model.act!r}, only 'silu'")
-    if model.in_channels != model.out_channels:
-        raise UnreadableError(
-            f"no fused plan covers {model.out_channels} channels out for {model.in_channels} in (a learned variance)"
-        )
     for name, part in model.named_modules():
         if isinstance(part, ResnetBlock) and part.resample is not None:
             raise UnreadableError(f"no fused plan covers {name}, a residual block that resamples")

@@ -23,7 +23,7 @@ KNOWN: dict[type, tuple[Check, Reader]] = {UNet: (check_unet, unet), DDPMUNet: (
 # Classes of other packages, by name: what makes one of KNOWN of them, imported when such a model comes along.
 CONVERTED = {
     "diffusers.models.unets.unet_2d.UNet2DModel": ("ddpm_fast.interop._unets", "from_diffusers"),
-    "ddpm_fast.interop.diffusers.UNet2DModel": ("ddpm_fast.interop._unets", "from_diffusers"),
+    "ddpm_fast.interop._unet2d.UNet2DModel": ("ddpm_fast.interop._unets", "from_diffusers"),
 }
 
 

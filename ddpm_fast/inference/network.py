@@ -183,6 +183,13 @@ class Network:
     divisor: int
     time: TimeTable
 
+    @property
+    def out_channels(self) -> int:
+        """Channels of m; more than the image's where the network also predicts a variance."""
+        last = self.layers[-1]
+        assert isinstance(last, Output)
+        return last.weight.shape[0]
+
     def tensors(self) -> list[Tensor]:
         """Every tensor, in an order that another reading of the same architecture repeats."""
         result = [tensor for layer in self.layers for tensor in tensors_of(layer)]

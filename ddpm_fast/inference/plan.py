@@ -64,7 +64,8 @@ def frame_for(network: Network, n: int, h: int, w: int, device: torch.device) ->
     labels = None if time.labels is None else torch.full_like(rows, time.null_label or 0)
     temb = torch.zeros(n, len(time.weight), device=device)
     embed(time, t, labels, temb)
-    return Frame(x, torch.zeros_like(x), temb, rows, time.added_labels, labels)
+    out = torch.zeros(n, network.out_channels, h, w, device=device)
+    return Frame(x, out, temb, rows, time.added_labels, labels)
 
 
 class Plan:
@@ -100,7 +101,7 @@ class Plan:
         self._separate, self._before_last = bounds, list[Bound]()
 
     def run(self, x: Tensor, out: Tensor, time_table: Tensor, time_rows: Tensor) -> None:
-        """x, out: float32 (n, C, h, w) contiguous, not the same memory."""
+        """x, out: float32 (n, C, h, w) contiguous, each with its own C, not the same memory."""
         frame = Frame(x, out, time_table, time_rows, self.network.time.added_labels, self.label_rows)
         for bound in self._bounds:
             bound(frame)

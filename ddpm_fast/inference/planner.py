@@ -9,17 +9,17 @@ import torch
 
 from . import native
 from .candidate import Bound, Frame, Packs, Place
+from .check import serving
 from .ending import paying_step
 from .library import onednn_works
 from .module import Module, Modules
 from .network import Layer, Network
 from .plan import Plan, frame_for, listed, places, signature
-from .trial import Ranking, fastest, serving
+from .trial import Ranking, fastest
 
 KEPT_MEASUREMENTS = 64
-TRIED_IMAGES = (
-    64  # on a CPU a larger batch takes the choices of this one: layers scale, and its trial would take minutes
-)
+# On a CPU a larger batch takes the choices of one with so many pixels: layers scale, and its trial would take minutes.
+TRIED_PIXELS = 64 * 32 * 32
 
 # What was measured in this process, by all that it depends on: rankings per layer, and the dtype in which the module
 # itself won, if it did.
@@ -57,19 +57,20 @@ def make(
     around = (torch.get_num_threads(), tuple(native.isas()), torch.backends.cudnn.allow_tf32)
     key = (marks, stored, dtype, str(device), *around)
     known = None if deterministic else _measured.get(key)
+    tried = min(n, max(1, TRIED_PIXELS // (h * w))) if device.type == "cpu" else n
     if deterministic:
         choices = _first(network, spots, frame)
-    elif known is None and device.type == "cpu" and n > TRIED_IMAGES:
-        choices = make(network, TRIED_IMAGES, h, w, dtype, packs, modules, deterministic).choices
+    elif known is None and n > tried:
+        choices = make(network, tried, h, w, dtype, packs, modules, deterministic).choices
     elif known is None:
-        choices = fastest(network.layers, spots, frame, listed)
+        choices = fastest(network.layers, spots, frame, listed, marks)
     else:
         choices = known[0]
     with packs.recording() as uses:  # bound once more, for what the chosen ones need and nothing else
         bounds = _bound(network, spots, choices)
     plan = Plan(network, n, h, w, stored, bounds, choices, set(uses))
     if device.type == "cpu":
-        plan.tried = min(n, TRIED_IMAGES)
+        plan.tried = tried
     if known is not None:
         plan.module = None if known[1] is None else modules[known[1]]
     elif not deterministic:
@@ -77,7 +78,7 @@ def make(
         _measured[key] = (choices, None if plan.module is None else plan.module.dtype)
         while len(_measured) > KEPT_MEASUREMENTS:
             _measured.popitem(last=False)
-    if plan.module is None and not deterministic:
+    if plan.module is None and not deterministic and network.out_channels == network.in_channels:
         plan.run(frame.x, frame.out, frame.time_table, frame.time_rows)
         plan.step = paying_step(network.layers[-1], spots[-1], bounds[-1], frame)
     return plan
@@ -85,7 +86,7 @@ def make(
 
 def _faster(plan: Plan, frame: Frame, modules: list[Module]) -> Module | None:
     """The model itself, in the dtype asked for or in the one that the plan stores, where that is the fastest of all."""
-    out = torch.zeros_like(frame.x)
+    out = torch.zeros_like(frame.out)
 
     def run() -> None:
         plan.run(frame.x, out, plan.own_table, plan.own_rows)
@@ -99,7 +100,7 @@ def _first(network: Network, spots: list[Place], frame: Frame) -> list[Ranking]:
     choices = []
     for layer, place in zip(network.layers, spots, strict=True):
         (one,) = serving(layer, place, frame, listed(layer, place), wanted=1)
-        choices.append(Ranking(layer.name, [(one.candidate.name, None)]))
+        choices.append(Ranking(layer.name, [(one[0].name, None)]))
     return choices
 
 

@@ -1,7 +1,8 @@
 """Which implementation of each layer is the fastest here: checked against float32, then timed in the network's order.
 
 A layer timed on its own, again and again, has its weights and images in the cache, which in a network they are not. So
-whole passes are made, each with another of the candidates in every layer, and every layer is timed within them.
+whole passes are made, each with other candidates, and every layer is timed within them. Layers that differ in nothing
+but their weights are timed as one: each tries another candidate in the same pass.
 """
 
 from __future__ import annotations
@@ -9,34 +10,21 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import time
-import warnings
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Hashable, Sequence
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
 from .candidate import Bound, Candidate, Frame, Place
-from .library import resampled, stride_of
-from .native import NativeLayer
-from .network import Attention, Layer, Linear, Norm, Output, Up
+from .check import serving
+from .native import Native
+from .network import Layer
 
 ROUNDS = 5  # timings per candidate that is still in
 SECONDS, AT_LEAST = 1.2, 3  # for all rounds, but every candidate still in is timed so often whatever it takes
 HOPELESS, SLOWER = 2.0, 1.5  # times the best of two runs: out before the rounds, out after two of them
 CLOSE = 1.05  # within this of the fastest, what is listed first is taken, so that noise decides less
 APART = 1.15  # ours join up with their neighbours into one call, and wake no second set of threads: worth this much
-CHECKED_IMAGES = 8
-# |got - exact| / |exact| over a layer's output. Weights, stored inputs and outputs are rounded once each: far below.
-BOUNDS = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
-TF32_BOUND = 3e-3  # of float32 on a GPU where PyTorch may round the factors to TF32, as it then does in the model too
-
-
-def bound_of(dtype: torch.dtype, device: torch.device) -> float:
-    """The relative error that a layer may have."""
-    if dtype == torch.float32 and device.type == "cuda" and torch.backends.cudnn.allow_tf32:
-        return TF32_BOUND
-    return BOUNDS[dtype]
 
 
 @dataclasses.dataclass
@@ -55,7 +43,6 @@ class Ranking:
 @dataclasses.dataclass(eq=False)
 class Contender:
     candidate: Candidate
-    bound: Bound
     seconds: list[float] = dataclasses.field(default_factory=list)
 
     @property
@@ -65,109 +52,6 @@ class Contender:
     @property
     def samples(self) -> int:
         return len(self.seconds)
-
-
-def exact(layer: Layer, place: Place, frame: Frame, images: Tensor) -> Tensor:
-    """The layer's output for some images, computed by PyTorch from what lies in its source: (n, c, h, w).
-
-    In float32, on a GPU in float64, where float32 may mean TF32.
-    """
-    dtype = torch.float64 if place.device.type == "cuda" else torch.float32
-
-    def nchw(view: Tensor) -> Tensor:
-        return view[images].permute(0, 3, 1, 2).to(dtype)
-
-    x = frame.x[images].to(dtype) if place.source is None else nchw(place.source)
-    if isinstance(layer, Attention):
-        n, c, h, w = x.shape
-        q, k, v = x.view(n, 3, layer.heads, c // 3 // layer.heads, h * w).transpose(3, 4).unbind(1)
-        y = torch.softmax(q @ k.transpose(2, 3) * layer.scale, dim=-1) @ v
-        return y.transpose(2, 3).reshape(n, c // 3, h, w)
-    weight, bias = layer.weight.to(dtype), layer.bias.to(dtype)
-    if isinstance(layer, Norm):
-        y = F.group_norm(x, layer.groups, weight, bias, layer.eps)
-        if layer.modulation is not None:
-            scale, shift = frame.temb(layer.modulation, 2 * x.shape[1])[images][:, :, None, None].to(dtype).chunk(2, 1)
-            y = y * (1 + scale) + shift
-        return F.silu(y) if layer.silu else y
-    if isinstance(layer, Up):
-        return F.conv_transpose2d(x, weight, bias, stride=2)
-    if isinstance(layer, Output):
-        return F.conv2d(x, weight, bias, padding=weight.shape[-1] // 2)
-    if isinstance(layer, Linear):
-        y = F.conv2d(x, weight[:, :, None, None], bias)
-    else:
-        y = F.conv2d(resampled(x, layer), weight, bias, stride=stride_of(layer), padding=layer.padding)
-        if layer.silu:
-            y = F.silu(y)
-        if layer.temb is not None:
-            y = y + frame.temb(layer.temb, y.shape[1])[images][:, :, None, None]
-    return y if place.residual is None else y + nchw(place.residual)
-
-
-def error(layer: Layer, place: Place, frame: Frame, bound: Bound, expected: Tensor, images: Tensor) -> float:
-    """Relative error of one run in its output, and in the pooled one; infinite where something was left unwritten."""
-    target = frame.out if place.target is None else place.target
-    target.fill_(float("nan"))
-    if place.pooled is not None:
-        place.pooled.fill_(float("nan"))
-    bound(frame)
-    got = target[images].to(expected.dtype)
-    if place.target is not None:
-        got = got.permute(0, 3, 1, 2)
-    result = _relative(got, expected)
-    if place.pooled is not None:
-        pooled = place.pooled[images].permute(0, 3, 1, 2).to(expected.dtype)
-        result = max(result, _relative(pooled, F.max_pool2d(expected, 2)))
-    return result
-
-
-def _relative(got: Tensor, expected: Tensor) -> float:
-    norm = float((got - expected).norm() / expected.norm().clamp_min(1e-30))
-    return norm if norm == norm else float("inf")
-
-
-def serving(
-    layer: Layer, place: Place, frame: Frame, candidates: Sequence[Candidate], wanted: int | None = None
-) -> list[Contender]:
-    """The candidates that run and compute the right thing, in their order; only the first `wanted` of them if given.
-
-    RuntimeError where none does. A wrong one is warned about; one that says it cannot serve is left out.
-    """
-    images = torch.arange(place.n, device=place.device)
-    if place.n > CHECKED_IMAGES:
-        images = torch.linspace(0, place.n - 1, CHECKED_IMAGES, device=place.device).round().long()
-    expected = exact(layer, place, frame, images)
-    if not bool(torch.isfinite(expected).all()):
-        raise RuntimeError(
-            f"layer {layer.name} gives values that are not finite for normal images, so no fused plan can be checked: "
-            f"the model's weights hold NaN or infinity, or its activations overflow {place.dtype}"
-        )
-    limit = bound_of(place.dtype, place.device)
-    result: list[Contender] = []
-    reasons: list[str] = []
-    for candidate in candidates:
-        try:
-            bound = candidate.prepare(layer, place)
-            wrong = error(layer, place, frame, bound, expected, images)
-        except (RuntimeError, ValueError, NotImplementedError) as reason:
-            reasons.append(f"{candidate.name}: {reason}")
-            continue
-        if wrong > limit:
-            reasons.append(f"{candidate.name}: relative error {wrong:.2g}")
-            warnings.warn(
-                f"fused plan: {candidate.name} computes layer {layer.name} with a relative error of {wrong:.2g}, more "
-                f"than {limit:.2g}; it is not used",
-                RuntimeWarning,
-                stacklevel=2,
-            )
-            continue
-        result.append(Contender(candidate, bound))
-        if len(result) == wanted:
-            break
-    if not result:
-        raise RuntimeError(f"no implementation serves layer {layer.name}: {'; '.join(reasons)}")
-    return result
 
 
 Timer = Callable[[Sequence[Bound], Frame], list[float]]
@@ -200,54 +84,115 @@ def timer_for(device: torch.device) -> Timer:
     return timed_on_gpu if device.type == "cuda" else timed_on_host
 
 
+class Alike:
+    """Layers of one shape, and how the candidates fare at any of them."""
+
+    def __init__(self) -> None:
+        self.contenders: list[Contender] = []
+        self.entered: list[Candidate] = []
+        self.ranking: dict[str, float] = {}
+
+    def settle(self, limit: float) -> None:
+        """Records times; drops what is more than `limit` times slower than the best."""
+        best = min(contender.best for contender in self.contenders)
+        self.ranking |= {contender.candidate.name: contender.best for contender in self.contenders}
+        self.contenders = [contender for contender in self.contenders if contender.best <= limit * best]
+
+    def enter(self, served: list[tuple[Candidate, Bound]], timer: Timer, frame: Frame) -> None:
+        """All that serve the first such layer, timed once; the hopeless leave at once."""
+        self.entered = [candidate for candidate, _ in served]
+        for candidate, bound in served:
+            contender = Contender(candidate, timer([bound], frame))
+            self.contenders.append(contender)
+            if contender.best > HOPELESS * min(other.best for other in self.contenders):
+                contender.seconds += timer([bound], frame)  # something may have come in between
+        self.settle(HOPELESS)
+        for contender in self.contenders:
+            contender.seconds.clear()
+
+    @property
+    def undecided(self) -> bool:
+        return len(self.contenders) > 1 and self.contenders[-1].samples < ROUNDS
+
+    def decide(self) -> None:
+        """The winner becomes the first contender."""
+        ours = [contender for contender in self.contenders if isinstance(contender.candidate, Native)]
+        if ours and min(one.best for one in ours) <= APART * min(one.best for one in self.contenders):
+            self.contenders = ours
+        self.settle(CLOSE)
+
+    def ranked(self, layer: str, chosen: str) -> Ranking:
+        order = sorted(self.ranking.items(), key=lambda item: (item[0] != chosen, item[1]))
+        return Ranking(layer, [(name, seconds * 1e6) for name, seconds in order])
+
+
 def fastest(
     layers: Sequence[Layer],
     places: Sequence[Place],
     frame: Frame,
     listed: Callable[[Layer, Place], list[Candidate]],
+    marks: Sequence[Hashable],
 ) -> list[Ranking]:
-    """Per layer the fastest of the listed implementations that compute the right thing, and how the others fared."""
+    """Per layer the fastest of the listed implementations that compute the right thing, and how the others fared.
+
+    marks: equal for layers that differ in nothing but their weights. Every implementation was checked at the first of
+    them, and what is chosen at each.
+    """
     timer = timer_for(frame.x.device)
-    contenders: list[list[Contender]] = []
-    rankings: list[dict[str, float]] = []
-
-    def settle(i: int, limit: float) -> None:
-        """Records times; drops what is more than `limit` times slower than the best."""
-        best = min(contender.best for contender in contenders[i])
-        rankings[i] |= {contender.candidate.name: contender.best for contender in contenders[i]}
-        contenders[i] = [contender for contender in contenders[i] if contender.best <= limit * best]
-
-    for i, (layer, place) in enumerate(zip(layers, places, strict=True)):
-        contenders.append(serving(layer, place, frame, listed(layer, place)))
-        rankings.append({})
-        for contender in contenders[i]:
-            contender.seconds += timer([contender.bound], frame)
-            if contender.best > HOPELESS * min(other.best for other in contenders[i] if other.seconds):
-                contender.seconds += timer([contender.bound], frame)  # something may have come in between
-        settle(i, HOPELESS)
-        for contender in contenders[i]:
-            contender.seconds.clear()
+    groups: dict[Hashable, Alike] = {}
+    bounds: list[dict[str, Bound]] = []
+    checked: list[set[str]] = []
+    for layer, place, mark in zip(layers, places, marks, strict=True):
+        if mark not in groups:
+            served = serving(layer, place, frame, listed(layer, place))
+            groups[mark] = Alike()
+            groups[mark].enter(served, timer, frame)
+            bounds.append({candidate.name: bound for candidate, bound in served})
+            checked.append({candidate.name for candidate, _ in served})
+        else:
+            first = groups[mark].contenders[0].candidate  # what comes after needs something to read
+            bounds.append({first.name: first.prepare(layer, place)})
+            bounds[-1][first.name](frame)
+            checked.append(set())
+    alike = [groups[mark] for mark in marks]
 
     start, passes = time.perf_counter(), 0
-    while passes < 2 or any(len(some) > 1 and some[-1].samples < ROUNDS for some in contenders):
+    while passes < 2 or any(group.undecided for group in groups.values()):
         late = time.perf_counter() - start > SECONDS
-        if late and all(contender.samples >= AT_LEAST for some in contenders for contender in some):
+        if late and all(one.samples >= AT_LEAST for group in groups.values() for one in group.contenders):
             break
-        turn = [min(some, key=lambda contender: contender.samples) for some in contenders]
-        for contender, seconds in zip(turn, timer([contender.bound for contender in turn], frame), strict=True):
+        turn: list[Contender] = []
+        given: Counter[int] = Counter()  # samples that earlier layers of this pass will bring
+        for layer, place, group, known in zip(layers, places, alike, bounds, strict=True):
+            chosen = min(group.contenders, key=lambda one: one.samples + given[id(one)])
+            given[id(chosen)] += 1
+            turn.append(chosen)
+            if chosen.candidate.name not in known:
+                known[chosen.candidate.name] = chosen.candidate.prepare(layer, place)
+        calls = [known[one.candidate.name] for known, one in zip(bounds, turn, strict=True)]
+        for contender, seconds in zip(turn, timer(calls, frame), strict=True):
             contender.seconds.append(seconds)
-        for i, some in enumerate(contenders):
-            if len(some) > 1 and all(contender.samples > 1 for contender in some):
-                settle(i, SLOWER)
+        for group in groups.values():
+            if len(group.contenders) > 1 and all(one.samples > 1 for one in group.contenders):
+                group.settle(SLOWER)
         passes += 1
-    choices = []
-    for i, layer in enumerate(layers):
-        ours = [contender for contender in contenders[i] if isinstance(contender.bound, NativeLayer)]
-        if ours and min(one.best for one in ours) <= APART * min(one.best for one in contenders[i]):
-            contenders[i] = ours
-        settle(i, CLOSE)
-        winner = contenders[i][0]
-        name = winner.candidate.name
-        order = sorted(rankings[i].items(), key=lambda item: (item[0] != name, item[1]))
-        choices.append(Ranking(layer.name, [(key, seconds * 1e6) for key, seconds in order]))
-    return choices
+    for group in groups.values():
+        group.decide()
+    return [
+        group.ranked(layer.name, _checked(layer, place, frame, group, done, known))
+        for layer, place, group, done, known in zip(layers, places, alike, checked, bounds, strict=True)
+    ]
+
+
+def _checked(
+    layer: Layer, place: Place, frame: Frame, group: Alike, checked: set[str], bounds: dict[str, Bound]
+) -> str:
+    """The name of the fastest candidate that computes this layer, too, the right thing; the layer has run with it."""
+    winner = group.contenders[0].candidate
+    if winner.name in checked:
+        bounds[winner.name](frame)
+        return winner.name
+    order = sorted(group.ranking, key=lambda name: (name != winner.name, group.ranking[name]))
+    candidates = {candidate.name: candidate for candidate in group.entered}
+    ((chosen, _),) = serving(layer, place, frame, [candidates[name] for name in order], wanted=1)
+    return chosen.name

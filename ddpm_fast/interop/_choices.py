@@ -53,10 +53,9 @@ def choices_of(config: Mapping[str, Any], source: object = "config", **overrides
     }
     if "prediction" not in overrides:
         chosen["prediction"] = _known(config, source, "prediction_type", "epsilon", PREDICTIONS)
-    if method == "ddpm":
-        if "variance" not in overrides:
-            chosen["variance"] = _variance(config, source)
-    elif method == "ddim":
+    if "variance" not in overrides:
+        chosen |= _variance(config, source, method)
+    if method == "ddim":
         chosen |= {"eta": 0.0, "rederive_eps": False}
         if not config.get("set_alpha_to_one", True):
             chosen["set_alpha_to_one"] = False
@@ -78,13 +77,17 @@ def _known(config: Mapping[str, Any], source: object, name: str, default: str, k
     return known[value]
 
 
-def _variance(config: Mapping[str, Any], source: object) -> str:
-    if config.get("variance_type") == "learned":
+def _variance(config: Mapping[str, Any], source: object, method: str) -> dict[str, Any]:
+    """The variance, where it matters: in ddpm, and where its being learned means that the network returns it too."""
+    named = config.get("variance_type", "fixed_small")
+    if method != "ddpm":
+        return {"variance": named} if named in ("learned", "learned_range") else {}
+    if named == "learned":
         raise ValueError(
             f'{source}: variance_type "learned" means that the network gives the variance itself, which is not '
             'covered; for a network that gives its logarithm pass variance="learned"'
         )
-    return _known(config, source, "variance_type", "fixed_small", VARIANCES)
+    return {"variance": _known(config, source, "variance_type", "fixed_small", VARIANCES)}
 
 
 def _bound(config: Mapping[str, Any], method: str, overrides: Mapping[str, Any]) -> dict[str, Any]:
@@ -114,5 +117,3 @@ def _check_solver(config: Mapping[str, Any], source: object) -> None:
         if name in config and config[name] not in known:
             covered = " or ".join(repr(value) for value in known if value is not None)
             raise ValueError(f"{source}: {name} {config[name]!r} is not covered by dpmsolver++, only {covered}")
-    if config.get("variance_type") in ("learned", "learned_range"):
-        raise ValueError(f"{source}: variance_type {config['variance_type']!r} is not covered by dpmsolver++")

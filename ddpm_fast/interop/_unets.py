@@ -99,11 +99,12 @@ def to_diffusers(net: DDPMUNet) -> Any:
     except ImportError as error:
         raise ImportError(f"to_diffusers needs diffusers ({error}): pip install ddpm_fast[diffusers]") from None
     known = inspect.signature(UNet2DModel.__init__).parameters
-    for name in net.config:
-        if name not in known and net.config[name] != DEFAULTS[name]:
-            raise ValueError(f"this diffusers knows no {name}, which is {net.config[name]!r} here; install a newer one")
+    config = {name: value for name, value in net.config.items() if not name.startswith("_")}
+    for name, value in config.items():
+        if name not in known and value != DEFAULTS[name]:
+            raise ValueError(f"this diffusers knows no {name}, which is {value!r} here; install a newer one")
     with torch.device("meta"):
-        unet: Any = UNet2DModel(**{name: value for name, value in net.config.items() if name in known})
+        unet: Any = UNet2DModel(**{name: value for name, value in config.items() if name in known})
     _fill(unet, net.state_dict(), "the DDPMUNet")
     _same_flags(net, unet)
     return unet

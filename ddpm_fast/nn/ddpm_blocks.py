@@ -90,7 +90,15 @@ def norm_act(
     scale: Tensor | None = None,
     shift: Tensor | None = None,
 ) -> Tensor:
-    """act(GroupNorm(h + bias[c] + temb[n, c]) (1 + scale[n, c]) + shift[n, c]), each but h optional."""
+    """act(GroupNorm(h + bias[c] + temb[n, c]) (1 + scale[n, c]) + shift[n, c]), each but h optional.
+
+    On a GPU one op. On a CPU that was measured to cost 2 to 12 % of a forward pass, for between torch's operators its
+    idle threads spin on the cores that ours would wake on.
+    """
+    if h.is_cuda and act == "silu":
+        return ops.group_norm_silu(
+            h, norm.num_groups, norm.weight, norm.bias, bias=bias, temb=temb, scale=scale, shift=shift, eps=norm.eps
+        )
     if bias is not None or temb is not None:
         h = ops.add_bias_temb(h, bias, temb)
     h = norm(h)

@@ -314,23 +314,9 @@ def ddpm_step(
     m_uncond = m_uncond.detach() if m_uncond is not None and m_uncond.requires_grad else m_uncond
     logvar = logvar.detach() if logvar is not None and logvar.requires_grad else logvar
     _ddpm_step(
-        x,
-        m,
-        table,
-        t_of_row,
-        row,
-        rng,
-        noise,
-        m_uncond,
-        guidance,
-        x0_prev,
-        logvar,
-        logvar_range,
-        threshold,
-        x0_out,
-        copy_out,
-        bad_row,
-    )
+        x, m, table, t_of_row, row, rng, noise, m_uncond, guidance, x0_prev, logvar, logvar_range, threshold, x0_out,
+        copy_out, bad_row,
+    )  # fmt: skip
     return x
 
 

@@ -27,7 +27,8 @@ def drawing(
         raise ValueError(f"generators must live on one device, got {', '.join(sorted(homes))}")
     home = each[0].device
     if home.type not in ("cpu", device.type):
-        raise ValueError(f"generator must live on the cpu or on {device}, where the sampler runs, got one on {home}")
+        known = "cpu" if device.type == "cpu" else f"cpu or {device}"
+        raise ValueError(f"generator must live on {known}, where the sampler runs, got one on {home}")
 
     def draw() -> Tensor:
         if len(each) == 1:

@@ -8,7 +8,6 @@ replayed. Between replays the host may write to these static buffers: x, row, rn
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable
 
 import torch
@@ -17,8 +16,9 @@ from torch import Tensor
 from .. import ops
 from ..inference import Compiled
 from ..noise import STREAM_X_T, make_rng
-from ..tables.steps import StepTable
+from ..tables.steps import COLUMNS, StepTable
 from .model import Model, prediction
+from .thresholding import dynamic_threshold
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,6 +109,8 @@ class Loop:
         # What the next row reads as x0_prev is what this one writes as x0: one buffer, in place.
         self.history = plan.steps.needs_history
         self.x0 = torch.zeros_like(self.x) if layout.x0 or self.history else None
+        # A method that never adds noise runs a kernel that has none of it.
+        self.draws = not layout.noise and bool(plan.steps.coefficients[:, COLUMNS.index("s")].any())
         self.guidance = torch.ones(1, dtype=torch.float32, device=device) if layout.guided else None
         self.t = torch.zeros(halves * chunk, dtype=plan.t_model.dtype, device=device)
 
@@ -124,11 +126,12 @@ class Loop:
         self.fed = None if self.feeds_x else torch.zeros(halves, chunk, *shape, dtype=plan.dtype, device=device)
         # A fused plan's own buffers live as long as somebody holds it; a captured step reads and writes them.
         self.held = None if plan.fused is None else plan.fused.prepare(halves * chunk, shape)
-        self.fused_m = (
-            None if plan.fused is None else torch.zeros(halves * chunk, *shape, dtype=torch.float32, device=device)
-        )
+        self.fused_m = None
+        if plan.fused is not None:
+            size = (halves * chunk, plan.fused.out_channels, *shape[1:])
+            self.fused_m = torch.zeros(size, dtype=torch.float32, device=device)
         # Whether the plan's last layer and ddpm_step are one pass, which draws its own noise and knows one m only.
-        plain_step = whole and not layout.noise and plan.thresholding is None and not self.history
+        plain_step = whole and not layout.noise and plan.thresholding is None and not self.history and self.parts == 1
         self.one_pass = plain_step and self.held is not None and self.held.step is not None
         self.labels: list[Tensor] = []
         if layout.label is not None:
@@ -196,7 +199,7 @@ class Loop:
             plan.steps.table,
             plan.steps.t_of_row,
             self.row,
-            self.rng if self.noise is None else None,
+            self.rng if self.draws else None,
             noise=self.noise,
             m_uncond=uncond,
             guidance=self.guidance,
@@ -226,7 +229,8 @@ class Loop:
         if self.plan.fused is not None:
             m = self.plan.fused.at_rows(fed, self.row, labels[0] if labels else None, self.fused_m)
         else:
-            m = prediction(self.plan.model(fed, self.t, *labels), fed, self.parts)
+            m = self.plan.model(fed, self.t, *labels)
+        m = prediction(m, fed, self.parts)
         if m.untyped_storage().data_ptr() == fed.untyped_storage().data_ptr():
             m = m.clone()  # the network gave its input back, which ddpm_step is about to write to
         if self.layout.guided:
@@ -242,7 +246,7 @@ class Loop:
         return m[0], m[1] if self.layout.guided else None
 
     def _threshold(self, m: Tensor, uncond: Tensor | None) -> Tensor | None:
-        """Dynamic thresholding (Saharia et al. 2022): per sample the given quantile of |x0|, within [1, max_value]."""
+        """The bound of each sample, where the sampler was asked for dynamic thresholding."""
         if self.plan.thresholding is None:
             return None
         ratio, max_value = self.plan.thresholding
@@ -250,9 +254,4 @@ class Loop:
         m = m.float()
         if uncond is not None and self.guidance is not None:
             m = uncond.float() + self.guidance * (m - uncond.float())
-        size = (a * self.x - b * m).abs().flatten(1).sort(dim=1).values
-        # Between the two order statistics around it, as torch.quantile, which refuses large batches.
-        position = ratio * (size.shape[1] - 1)
-        low, high = math.floor(position), math.ceil(position)
-        quantile: Tensor = size[:, low] + (position - low) * (size[:, high] - size[:, low])
-        return quantile.clamp(1.0, max_value)
+        return dynamic_threshold(a * self.x - b * m, ratio, max_value)

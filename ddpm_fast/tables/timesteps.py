@@ -24,8 +24,8 @@ def leading(T: int, steps: int, offset: int = 0) -> Timesteps:
 def trailing(T: int, steps: int) -> Timesteps:
     """Equal strides counted down from T, rounded: for T=1000, steps=50: 999, 979, ..., 39, 19."""
     # arange sums its stride up in float64, and ties near .5 then fall as in diffusers; it may go one stride too far.
-    counted: Timesteps = np.round(np.arange(T, 0, -T / steps)[:steps]).astype(np.int64)
-    return counted - 1
+    result: Timesteps = np.round(np.arange(T, 0, -T / steps)[:steps]).astype(np.int64) - 1
+    return result
 
 
 def trailing_floor(T: int, steps: int) -> Timesteps:
@@ -39,8 +39,9 @@ def trailing_floor(T: int, steps: int) -> Timesteps:
 
 def linspace(T: int, steps: int) -> Timesteps:
     """Both ends included, rounded: for T=1000, steps=50: 999, 979, 958, ..., 20, 0. One step starts at T - 1."""
-    upwards = np.linspace(0, T - 1, steps) if steps > 1 else np.array([T - 1.0])
-    return np.round(upwards).astype(np.int64)[::-1].copy()
+    upwards: Timesteps = np.round(np.linspace(0, T - 1, max(steps, 2))).astype(np.int64)
+    downwards: Timesteps = upwards[::-1][:steps].copy()
+    return downwards
 
 
 def linspace_open(T: int, steps: int) -> Timesteps:

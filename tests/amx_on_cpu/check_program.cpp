@@ -7,7 +7,9 @@
 #include <memory>
 #include <vector>
 
+#include "../../csrc/cpu/inference/attention.h"
 #include "../../csrc/cpu/inference/isa.h"
+#include "../../csrc/cpu/inference/norm.h"
 #include "../../csrc/cpu/inference/program.h"
 
 namespace ddpm_fast::inference {
@@ -55,7 +57,10 @@ class Buffer {
 
 // What the layer makes of the numbers: its output and then the pooled output, if there is one.
 Floats result(const Kernels& kernels, Kind kind, const Sizes& s, bool pool, int threads) {
-  const int64_t pixels = s.n * s.h * s.w, columns = s.out, taps = kind == Kind::up ? 4 : kind == Kind::output || kind == Kind::linear ? 1 : 9;
+  const int64_t pixels = s.n * s.h * s.w, columns = s.out,
+                taps = kind == Kind::up                               ? 4
+                       : kind == Kind::output || kind == Kind::linear ? 1
+                                                                      : 9;
   const Floats weight = numbers(taps * s.in * s.out, 1), bias = numbers(s.out, 2), x = numbers(pixels * s.in, 3);
   const Floats times = numbers(3 * columns, 4), labels = numbers(2 * columns, 5);
   const std::vector<int64_t> rows(static_cast<size_t>(s.n), 2), label_rows(static_cast<size_t>(s.n), 1);
@@ -64,7 +69,8 @@ Floats result(const Kernels& kernels, Kind kind, const Sizes& s, bool pool, int 
   char* aligned = packed.data() + (64 - reinterpret_cast<uintptr_t>(packed.data()) % 64) % 64;
   pack(kind, kernels, s.out, s.in, weight.data(), aligned, threads);
 
-  const bool larger = kind == Kind::up || kind == Kind::doubled, to_image = kind == Kind::output || kind == Kind::output3x3;
+  const bool larger = kind == Kind::up || kind == Kind::doubled,
+             to_image = kind == Kind::output || kind == Kind::output3x3;
   Buffer source(kernels, x), target(kernels, pixels * (larger ? 4 : 1) * s.out);
   Buffer pooled(kernels, pool ? pixels / 4 * s.out : 0);
   Floats image(static_cast<size_t>(pixels * s.out));
@@ -95,18 +101,73 @@ Floats result(const Kernels& kernels, Kind kind, const Sizes& s, bool pool, int 
   return values;
 }
 
-int check(const char* name, Kind kind, const Sizes& sizes, bool pool, double most) {
-  const Floats exact = result(*kernels_plain(), kind, sizes, pool, 1);
-  const Floats got = result(*kernels_amx_bf16(), kind, sizes, pool, 1);
+// GroupNorm with scale and shift, in a buffer with more channels.
+Floats norm_result(const Kernels& kernels, const Sizes& s, int64_t groups, int threads) {
+  const int64_t pixels = s.n * s.h * s.w, stride = s.in + 24, columns = 2 * s.in;
+  const Floats weight = numbers(s.in, 1), beta = numbers(s.in, 2), x = numbers(pixels * stride, 3);
+  const Floats times = numbers(3 * columns, 4), labels = numbers(2 * columns, 5);
+  const std::vector<int64_t> rows(static_cast<size_t>(s.n), 2), label_rows(static_cast<size_t>(s.n), 1);
+  Buffer source(kernels, x), target(kernels, pixels * s.in);
+  Program program(columns);
+  program.add(
+      std::make_unique<GroupNorm>(
+          kernels, s, groups, 1e-5, Place{source.data(), stride},
+          GroupNorm::Affine{weight.data(), beta.data(), true, 0, s.in}, Place{target.data(), s.in}
+      )
+  );
+  Run run;
+  run.time_table = times.data();
+  run.time_rows = rows.data();
+  run.label_table = labels.data();
+  run.label_rows = label_rows.data();
+  program.run(run, threads);
+  return target.floats();
+}
+
+Floats attention_result(const Kernels& kernels, const Attention::Sizes& s, int threads) {
+  const int64_t pixels = s.n * s.tokens;
+  Buffer source(kernels, numbers(pixels * 3 * s.channels, 1)), target(kernels, pixels * s.channels);
+  Program program(0);
+  program.add(
+      std::make_unique<Attention>(
+          kernels, s, 0.5, Place{source.data(), 3 * s.channels}, Place{target.data(), s.channels}
+      )
+  );
+  program.run(Run{}, threads);
+  return target.floats();
+}
+
+// result(kernels, threads) of the plain kernels and of AMX.
+template <typename Result>
+int compare(const char* name, double most, const Result& result) {
+  const Floats exact = result(*kernels_plain(), 1), got = result(*kernels_amx_bf16(), 1);
   double error = 0, size = 0;
   for (size_t i = 0; i < exact.size(); ++i) {
     error += std::pow(got[i] - exact[i], 2);
     size += std::pow(exact[i], 2);
   }
   error = std::sqrt(error / size);
-  const bool same = got == result(*kernels_amx_bf16(), kind, sizes, pool, 3);
+  const bool same = got == result(*kernels_amx_bf16(), 3);
   std::printf("%s: relative error %.2g%s\n", name, error, same ? "" : "; other bits on three threads");
   return !(error <= most && same);
+}
+
+int check(const char* name, Kind kind, const Sizes& sizes, bool pool, double most) {
+  return compare(name, most, [&](const Kernels& kernels, int threads) {
+    return result(kernels, kind, sizes, pool, threads);
+  });
+}
+
+int check_norm(const char* name, const Sizes& sizes, int64_t groups, double most) {
+  return compare(name, most, [&](const Kernels& kernels, int threads) {
+    return norm_result(kernels, sizes, groups, threads);
+  });
+}
+
+int check_attention(const char* name, const Attention::Sizes& sizes, double most) {
+  return compare(name, most, [&](const Kernels& kernels, int threads) {
+    return attention_result(kernels, sizes, threads);
+  });
 }
 
 }  // namespace
@@ -122,6 +183,10 @@ int main() {
   wrong += check("first", Kind::first, {2, 8, 8, 3, 32}, true, 4e-3);
   wrong += check("up", Kind::up, {3, 4, 6, 48, 32}, false, 4e-3);
   wrong += check("output", Kind::output, {2, 8, 8, 32, 3}, false, 1e-5);
+  wrong += check_norm("norm", {3, 5, 4, 96, 96}, 8, 4e-3);
+  wrong += check_attention("attention", {2, 70, 64, 2}, 4e-3);
+  wrong += check_attention("attention, odd sizes, two blocks", {1, 261, 40, 1}, 4e-3);
+  wrong += check_attention("attention, few tokens", {3, 3, 16, 2}, 4e-3);
   wrong += check("output 3x3", Kind::output3x3, {2, 8, 6, 32, 3}, false, 1e-5);
   wrong += check("doubled", Kind::doubled, {2, 5, 4, 48, 64}, false, 6e-3);
   wrong += check("strided", Kind::strided, {2, 8, 6, 48, 32}, false, 4e-3);

@@ -10,7 +10,7 @@
 #define __global__
 #define __device__
 #define __host__
-#define __launch_bounds__(threads)
+#define __launch_bounds__(...)
 #define __shared__ static thread_local  // blocks run one after another on one CPU thread
 
 struct alignas(8) uint2 {

@@ -26,7 +26,7 @@ const Sizes& checked(const Sizes& sizes, int64_t groups) {
         "n, h and w must be at least 1, got " + std::to_string(sizes.n) + ", " + std::to_string(sizes.h) + ", " +
         std::to_string(sizes.w)
     );
-  if (sizes.in < 1 || sizes.in % kPanel || sizes.in != sizes.out)
+  if (sizes.in < 1 || sizes.in % kPanel)
     throw std::invalid_argument("channels must be a multiple of 16, got " + std::to_string(sizes.in));
   if (groups < 1 || sizes.in % groups)
     throw std::invalid_argument(

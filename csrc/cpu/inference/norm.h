@@ -17,7 +17,7 @@ class GroupNorm : public Layer {
     bool silu = false;
     int64_t scale_column = -1, shift_column = -1;  // both negative: none
   };
-  // Channels are a multiple of 16 and of groups; sizes.in and sizes.out are both the channels.
+  // sizes.in: the channels, a multiple of 16 and of groups.
   GroupNorm(
       const Kernels& kernels, const Sizes& sizes, int64_t groups, double eps, Place source, const Affine& affine,
       Place target
