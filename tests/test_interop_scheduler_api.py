@@ -167,6 +167,22 @@ class TestTimesteps:
             want = mine.step(m, mine.timesteps[4], x, generator=one).prev_sample
             assert torch.equal(other.step(m, other.timesteps[4], x, generator=two).prev_sample, want)
 
+    def test_the_same_steps_again_are_not_computed_again(self, kind):
+        scheduler, (m, x) = pair(kind)[1], images()
+
+        def prev_sample(one, row):
+            return one.step(m, one.timesteps[row], x, generator=torch.Generator().manual_seed(0)).prev_sample
+
+        def rows(steps):
+            scheduler.set_timesteps(steps)
+            prev_sample(scheduler, 1)
+            return scheduler._line.rows
+
+        first = rows(10)
+        assert rows(10) is first
+        assert rows(12) is not first
+        assert torch.equal(prev_sample(scheduler, 3), prev_sample(pair(kind, 12)[1], 3))
+
 
 @pytest.mark.parametrize("kind", PAIRS)
 class TestNoising:

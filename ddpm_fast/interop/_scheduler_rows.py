@@ -171,6 +171,15 @@ class Timeline:
             and (self.version is None or self.version == timesteps._version)
         )
 
+    def same_steps(self, other: Timeline) -> bool:
+        """Whether rows made for the other serve this one."""
+        return (
+            self.config is other.config
+            and self.alphas_cumprod is other.alphas_cumprod
+            and np.array_equal(self.here, other.here)
+            and np.array_equal(self.there, other.there)
+        )
+
     def find(self, timestep: Any) -> int:
         """The row that leaves `timestep`, an int or a tensor of one; -1 where it is not in the list.
 

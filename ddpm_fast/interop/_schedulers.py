@@ -95,7 +95,10 @@ class _Fused:
         state = self.__dict__  # past ConfigMixin.__getattr__, which makes every attribute slower
         line: Timeline | None = state["_line"]
         if line is None or not line.serves(state):
-            line = self._line = Timeline(state, *self._steps(len(self._schedule())))
+            before, line = line, Timeline(state, *self._steps(len(self._schedule())))
+            if before is not None and line.same_steps(before):
+                line.rows = before.rows  # a pipeline's next call sets the same timesteps again
+            self._line = line
         return line
 
     def _steps(self, T: int) -> tuple[Timesteps, Timesteps]:
