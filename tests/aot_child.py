@@ -7,6 +7,7 @@ Usage: python aot_child.py SHARD SHARDS (case i belongs to shard i % SHARDS).
 from __future__ import annotations
 
 import collections
+import functools
 import json
 import os
 import re
@@ -46,6 +47,7 @@ class Case:
     capability: int
     wide_loads: list[int] = field(default_factory=list)
     wide_stores: list[int] = field(default_factory=list)
+    launch: int = -1  # which one of the call; before the last, offset noise launches the normal kernel, for example
 
 
 def cases() -> Iterator[Case]:
@@ -100,6 +102,35 @@ def cases() -> Iterator[Case]:
         g = meta(*FEATURES, dtype=dtype, channels_last=cl)
         ops.add_bias_temb_backward(g, g, meta(FEATURES[1]), act, True, True, True)
 
+    def norm_arguments(
+        dtype: torch.dtype, cl: bool, shape: tuple[int, ...], per_sample: bool
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        affine = shape[:2] if per_sample else shape[1:2]
+        h = meta(*shape, dtype=dtype, channels_last=cl)
+        return h, meta(shape[1]), meta(*shape[:2], dtype=dtype), meta(*affine), meta(*affine)
+
+    def norm(
+        dtype: torch.dtype,
+        act: str = "silu",
+        cl: bool = False,
+        shape: tuple[int, ...] = FEATURES,
+        groups: int = 32,
+        per_sample: bool = False,
+    ) -> None:
+        ops.group_norm_silu(*norm_arguments(dtype, cl, shape, per_sample), groups, 1e-5, act)
+
+    def norm_backward(
+        dtype: torch.dtype,
+        act: str = "silu",
+        cl: bool = False,
+        shape: tuple[int, ...] = FEATURES,
+        groups: int = 32,
+        per_sample: bool = False,
+    ) -> None:
+        h, *rest = norm_arguments(dtype, cl, shape, per_sample)
+        statistics = (meta(shape[0], groups), meta(shape[0], groups))
+        ops.group_norm_silu_backward(h, h, *rest, *statistics, groups, act, True, True, True, True)
+
     for capability in (90, 80):
         for name, dtype in DTYPES.items():
             size = dtype.itemsize
@@ -133,6 +164,9 @@ def cases() -> Iterator[Case]:
                 yield Case(
                     f"add_bias_temb_backward_{act}", lambda d=dtype, a=act: add_backward(d, a), *both, reads, [size]
                 )
+            # Read for the mean, for the squares about it and for y; g and h for the sums and for g_h.
+            yield Case("group_norm_silu", lambda d=dtype: norm(d), *both, [size] * 3, [size])
+            yield Case("group_norm_silu_backward", lambda d=dtype: norm_backward(d), *both, [size] * 4, [size])
     # What comes once is compiled once: other formats and options.
     small = meta(*IMAGES, dtype=torch.bfloat16)
     byte = meta(*IMAGES, dtype=torch.uint8)
@@ -182,8 +216,19 @@ def cases() -> Iterator[Case]:
         ("noise_mse_v_huber_channels_last", lambda: mse(torch.bfloat16, "v", "huber", cl=True)),
         ("add_bias_temb_channels_last", lambda: add(torch.bfloat16, "silu", cl=True)),
         ("add_bias_temb_backward_channels_last", lambda: add_backward(torch.bfloat16, "silu", cl=True)),
+        ("group_norm_silu_channels_last", lambda: norm(torch.bfloat16, cl=True, per_sample=True)),
+        ("group_norm_silu_backward_channels_last", lambda: norm_backward(torch.bfloat16, cl=True, per_sample=True)),
+        ("group_norm_silu_identity", lambda: norm(torch.float32, "none")),
+        ("group_norm_silu_in_parts", lambda: norm(torch.float32, shape=(2, 96, 160, 160))),
+        ("group_norm_silu_backward_in_parts", lambda: norm_backward(torch.float32, cl=True, shape=(2, 96, 160, 160))),
+        ("group_norm_silu_of_one_number", lambda: norm(torch.float32, shape=(1, 1, 1, 1), groups=1)),
+        ("group_norm_silu_backward_of_one_number", lambda: norm_backward(torch.float32, shape=(1, 1, 1, 1), groups=1)),
     ]
     yield from (Case(name, call, "mixed", 90) for name, call in extra)
+    in_parts = {"group_norm_silu": norm, "group_norm_silu_backward": norm_backward}
+    for name, function in in_parts.items():
+        call = functools.partial(function, torch.bfloat16, cl=True, shape=(2, 96, 160, 160))
+        yield Case(f"{name}_sums_of_parts", call, "mixed", 90, launch=0)
 
 
 INEXACT = (r"\.f64", r"\bfma\.", r"div\.full", r"\.approx", r"\.ftz")
@@ -217,7 +262,7 @@ def inspect(case: Case, fp_fusion: bool) -> dict[str, object]:
 
     with aot.recorded() as launches:
         case.call()
-    launch = launches[-1]  # before it, offset noise launches the normal kernel, which is a case of its own
+    launch = launches[case.launch]
     compiled = launch.compile(case.capability, enable_fp_fusion=fp_fusion)
     counts, registers, stack = disassemble(compiled.asm["cubin"])
     constants = launch.constants
@@ -226,7 +271,7 @@ def inspect(case: Case, fp_fusion: bool) -> dict[str, object]:
     elif "BLOCK_W" in constants:
         elements = constants["BLOCK_R"] * constants["BLOCK_W"]
     else:
-        elements = constants["BLOCK_C"] * constants["BLOCK_P"]
+        elements = constants.get("BLOCK_G", 1) * constants["BLOCK_C"] * constants["BLOCK_P"]
     per_thread = max(1, elements // (32 * launch.options["num_warps"]))
     ptx: str = compiled.asm["ptx"]
     facts = asdict(Case(case.name, str, case.dtype, case.capability, case.wide_loads, case.wide_stores))

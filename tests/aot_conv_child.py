@@ -110,8 +110,9 @@ def output(step: bool, side: int = 1) -> list[aot.Specialisation]:
     def integers(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
         return meta(*shape, dtype=dtype)
 
-    weight = meta(3, 64, side, side).to(memory_format=torch.channels_last)
-    last = OutputLaunch(meta(64, 32, 32, 64, dtype=BF16), weight, meta(3))
+    channels = 64 if side == 1 else 128
+    weight = meta(3, channels, side, side).to(memory_format=torch.channels_last)
+    last = OutputLaunch(meta(64, 32, 32, channels, dtype=BF16), weight, meta(3))
     x = meta(64, 3, 32, 32)
     with aot.recorded() as found:
         if step:

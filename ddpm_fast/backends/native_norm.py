@@ -10,7 +10,7 @@ from torch import Tensor
 from ddpm_fast.backends.layout import Layout, Staged
 
 ELEMENTS_OF_PART = 16384
-"""CUDA: a block reads a group of up to so many elements again from the first cache. A larger group is cut into parts."""
+"""CUDA: a block reads a group of so many elements again from the first cache; larger groups are cut into parts."""
 
 MAX_CHANNELS_ACROSS = 1024
 """CUDA, channels_last: channels of a group whose sums a block holds side by side."""

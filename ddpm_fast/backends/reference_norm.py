@@ -75,8 +75,8 @@ def group_norm_silu_backward(
     need_weight: bool,
     need_beta: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """g_h = rstd (g_x - mean(g_x) - xhat mean(g_x xhat)), g_x = g act'(u) weight, means over the group; [N, C]: the sums
-    over all but (n, c) of g_h, of g act'(u) xhat and of g act'(u)"""
+    """g_h = rstd (g_x - mean(g_x) - xhat mean(g_x xhat)) with g_u = g act'(u), g_x = g_u weight and means over the
+    group; and [N, C] the sums over all but (n, c) of g_h, of g_u xhat and of g_u"""
     compute = _compute_dtype(h)
     scale = _per_group(rstd, h)
     xhat = (_summed(h, bias, temb) - _per_group(mean, h)) * scale

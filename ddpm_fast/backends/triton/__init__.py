@@ -12,7 +12,8 @@ _import_error: str | None = None
 try:
     from .add_bias_temb import add_bias_temb, add_bias_temb_backward
     from .ddpm_step import ddpm_step
-    from .group_norm_silu import group_norm_silu, group_norm_silu_backward
+    from .group_norm_silu import group_norm_silu
+    from .group_norm_silu_backward import group_norm_silu_backward
     from .launch import INTERPRETED
     from .noise_mse import noise_mse, noise_mse_backward
     from .normal import normal, random_bits

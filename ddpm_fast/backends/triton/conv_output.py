@@ -21,8 +21,9 @@ from .launch import launch, long_axis, power_of_two
 MAX_BLOCK_C = 64
 """Channels that are multiplied at a time, at most: eight threads with 128 bits each of a half-width type."""
 
-PRODUCTS = 8192
-"""Pixels x channels of a program: 64 in each of 128 threads."""
+PRODUCTS, PRODUCTS_OF_NINE_TAPS = 8192, 4096
+"""Pixels x channels of a program: 64 in each of 128 threads. Programs with several taps take that many times longer, so
+there are more of them."""
 
 MAX_OUTPUTS = 8
 """Output channels: each costs the program a pass over its pixels' channels."""
@@ -198,11 +199,11 @@ class Output:
         if not weight.is_contiguous(memory_format=torch.channels_last):
             raise ValueError(f"weight must be channels_last, got strides {weight.stride()}")
         block_c = math.gcd(channels, MAX_BLOCK_C)
-        block_p = PRODUCTS // MAX_BLOCK_C
+        self._taps = weight.shape[2] * weight.shape[3]
+        block_p = (PRODUCTS if self._taps == 1 else PRODUCTS_OF_NINE_TAPS) // MAX_BLOCK_C
         self._source, self._weights = source, (weight, bias)
         self._grid = (-(-h * w // block_p), *long_axis(n))
         self._sizes = (n, h * w, w, source.stride(2))
-        self._taps = weight.shape[2] * weight.shape[3]
         self._constants = {
             "CHANNELS": channels,
             "OUTPUTS": outputs,
