@@ -29,7 +29,7 @@ else
     echo "compute-sanitizer is not on the PATH: it comes with the CUDA toolkit; this step was NOT done" >&2
 fi
 
-echo "== 4. ops at 64 Mi elements, sampling steps, other networks, drift"
+echo "== 4. ops at 64 Mi elements, sampling steps of both networks and of variants, drift, schedulers"
 "$PYTHON" benchmarks/run.py --variants "${QUICK[@]}" --device cuda
 
 echo "== 5. report"

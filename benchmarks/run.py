@@ -52,7 +52,7 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     result = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     result.add_argument(
-        "--quick", action="store_true", help="small batches, short turns, 100 steps of drift; 3 minutes"
+        "--quick", action="store_true", help="small batches, short turns, 100 steps of drift; 4 minutes"
     )
     result.add_argument("--only", choices=SECTIONS, action="append", help="this section; may be repeated")
     result.add_argument("--variants", action="store_true", help="also other widths, depths, sizes, labels (long)")

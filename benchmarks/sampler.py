@@ -42,10 +42,10 @@ CANDIDATES: dict[str, Callable[[], Candidate]] = {
 ON_CPU = ("F16", "F32", "S16", "E32", "E16", "C16", "OV16", "D32")
 ON_GPU = ("F16", "F32", "S16", "E32", "E16", "G16", "C16", "D32", "D16")
 FOR_VARIANTS = ("F16", "E16", "G16", "C16", "OV16")
-# A step of the paper's network is ten times as long. Without E32, which D32 is, too; and in large batches on a CPU only
+# A step of the paper's network is ten times as long. Without E32, which D32 is, too; in large batches on a CPU only
 # what a target names or what may be the best.
 PAPER_ON_CPU = ("F16", "F32", "S16", "E16", "C16", "OV16", "D32", "D16")
-PAPER_IN_LARGE = ("F16", "E16", "C16", "OV16", "D32", "D16")
+PAPER_IN_LARGE = ("F16", "C16", "OV16", "D32", "D16")
 PAPER_QUICK = ("F16", "E16", "OV16", "D32", "D16")
 
 

@@ -6,11 +6,13 @@ DDPM_FAST_REQUIRE_GPU=1 a test that would be skipped for lack of a GPU fails ins
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,6 +26,7 @@ if not HAS_GPU:
 SHIM = os.environ.get("DDPM_FAST_SHIM_MODULE")
 ONLY_SHIM = os.environ.get("DDPM_FAST_TEST_BACKEND") == "cuda_on_cpu"
 
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 sys.path.insert(0, str(Path(__file__).parent))
 
 import ddpm_fast  # noqa: E402
@@ -122,3 +125,41 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+# -- the benchmark ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def module(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Any]:
+    """Imports a file of benchmarks/ as its neighbours do."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module
+
+
+@pytest.fixture
+def tiny(module: Any) -> Any:
+    """(num_classes) -> a problem of two 8x8 images."""
+    candidate = module("candidate")
+
+    def make(num_classes: int | None = None) -> Any:
+        options = {"width": 16, "depth": 2, "num_classes": num_classes}
+        return candidate.Problem(candidate.Case("tiny", 2, (3, 8, 8), options=options), torch.device("cpu"))
+
+    return make
+
+
+@pytest.fixture
+def tiny_paper(module: Any) -> Any:
+    """(num_classes) -> the same of the paper's network, with attention, and with labels where asked."""
+    candidate = module("candidate")
+
+    def make(num_classes: int | None = None) -> Any:
+        options = {
+            "block_out_channels": (16, 32), "norm_num_groups": 8, "layers_per_block": 1,
+            "num_class_embeds": num_classes,
+            "down_block_types": ("AttnDownBlock2D", "DownBlock2D"), "up_block_types": ("UpBlock2D", "AttnUpBlock2D"),
+        }  # fmt: skip
+        return candidate.Problem(candidate.Case("tiny", 2, (3, 8, 8), "ddpm-cifar10-32", options), torch.device("cpu"))
+
+    return make
