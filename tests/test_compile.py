@@ -44,6 +44,21 @@ def test_training_ops_compile_once_over_t():
     assert counter.frame_count == 1
 
 
+def test_group_norm_silu_compiles_forward_and_backward():
+    def loss(h, weight, beta, bias, temb, scale):
+        y = ops.group_norm_silu(h, 3, weight, beta, bias=bias, temb=temb, scale=scale)
+        return (y * y).sum()
+
+    affine = [rand(IMAGE[1:2], seed=seed) for seed in (1, 2, 3)]
+    arguments = [rand(IMAGE, kind="channels_last"), *affine, rand(IMAGE[:2], seed=4), rand(IMAGE[:2], seed=5)]
+    leaves = [value.requires_grad_() for value in arguments]
+    expected = torch.autograd.grad(loss(*leaves), leaves)
+    got = torch.autograd.grad(compiled(loss, "aot_eager")(*leaves), leaves)
+    for mine, theirs in zip(got, expected, strict=True):
+        torch.testing.assert_close(mine, theirs)
+        assert mine.stride() == theirs.stride()
+
+
 def test_reverse_step_compiles_once_over_rows():
     def step(x, m, row):
         ops.ddpm_step(x, m, STEPS, T_OF_ROW, row, RNG)

@@ -12,7 +12,15 @@ import torch
 from cuda_sass import CUDA, FLAGS, Kernel, find_cuobjdump, find_nvcc, output_of, read_kernels
 
 ARCHITECTURES = ["sm_80", "sm_90"]
-OPS = ["normal", "q_sample", "ddpm_step", "noise_mse", "add_bias_temb"]
+OPS = [
+    "normal",
+    "q_sample",
+    "ddpm_step",
+    "noise_mse",
+    "add_bias_temb",
+    "group_norm_silu",
+    "group_norm_silu_backward",
+]
 
 pytestmark = [
     pytest.mark.skipif(find_nvcc() is None, reason="needs nvcc: install the CUDA toolkit and put it on PATH"),
@@ -133,6 +141,26 @@ def test_ddpm_step_moves_packs(arch: str, plain: str, kernels: dict[str, dict[st
     kernel = kernels[arch][f"ddpm_step_kernel<{plain}, float, Run>"]
     assert kernel.count(r"LDG\.E\.128\b") >= 4  # x, m and a table row of 32 bytes
     assert kernel.count(r"STG\.E\.128\b") >= 2  # x and a float32 copy; the other stores are copies in other formats
+
+
+# kernel: wide loads at least and wide stores; beside them are sums and coefficients of channels
+NORM_WIDTHS = {
+    **{f"group_norm_silu_kernel<{t}>": (3, 1, 128) for t in ("float, 4", "__nv_bfloat16, 8", "__half, 8")},
+    **{f"group_norm_silu_backward_kernel<{k}, float, 4>": (4, 1, 128) for k in (32, 256)},
+    "group_norm_silu_backward_kernel<32, __nv_bfloat16, 8>": (4, 1, 128),
+    "group_norm_silu_across_kernel<float, 4>": (4, 1, 128),
+    "group_norm_silu_across_kernel<__nv_bfloat16, 4>": (4, 1, 64),
+    "group_norm_silu_backward_across_kernel<float, 2>": (4, 1, 64),
+}
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("name", NORM_WIDTHS)
+def test_group_norm_silu_moves_packs(arch: str, name: str, kernels: dict[str, dict[str, Kernel]]) -> None:
+    loads, stores, width = NORM_WIDTHS[name]
+    kernel = kernels[arch][name]
+    assert kernel.count(rf"LDG\.E\.{width}\b") >= loads
+    assert kernel.count(rf"STG\.E\.{width}\b") >= stores
 
 
 SQUARE_ROOT = r"MUFU\.RSQ R\d+, R\d+"  # the two of Box-Muller: a path through them draws the noise

@@ -16,6 +16,7 @@ enum class Phase { whole, sums, apply };
 constexpr int kSegment = 64;      // bytes
 constexpr int kMaxAcross = 1024;  // channels_last: channels of a block
 constexpr int kMaxGroups = 64;    // channels_last: groups of a block
+constexpr uint32_t kTable = 256;  // contiguous: channels whose coefficients a block keeps; others are read again
 
 // ---- which groups, channels and places a block has ----
 
@@ -82,6 +83,16 @@ struct Columns {
       body(share.start + (static_cast<int64_t>(place) * work.channels + pack * N));
   }
 };
+
+// Contiguous: calls body(channel of the group, offset) for the packs of a thread.
+template <int N, typename Body>
+__device__ void for_each_pack(const Share& share, const Work& work, const Division& division, const Body& body) {
+  const FastDiv& by_places = share.places == division.part_places ? division.by_places : division.by_last_places;
+  for (uint32_t element = threadIdx.x * N; element < share.channels * share.places; element += kThreads * N) {
+    const uint32_t channel = by_places.quotient(element);
+    body(channel, share.start + (static_cast<int64_t>(channel) * work.inner + (element - channel * share.places)));
+  }
+}
 
 // ---- coefficients ----
 

@@ -87,18 +87,15 @@ __global__ void __launch_bounds__(kThreads, 4) group_norm_silu_backward_kernel(
     GroupNormSiluArgs args, Work work, Division division, Phase phase
 ) {
   constexpr uint32_t kLanes = kThreads / kGroup;
+  __shared__ Affine table[kTable];
   const Share share(division, work, false);
   if (share.places == 0) return;
   const uint32_t lane = threadIdx.x / kGroup, thread = threadIdx.x % kGroup;
   const float mean = mean_of(args, share.sample, share.first_group),
               rstd = rstd_of(args, share.sample, share.first_group);
   const int64_t first_row = share.sample * work.channels + share.first_channel;
-  // Calls body(offset, affine) for the packs of a thread in channel c of the group.
-  const auto for_each_pack = [&](uint32_t c, const auto& body) {
-    const Affines<N> affine(Affine(args, work, share.sample, share.first_channel + c, mean, rstd));
-    const int64_t start = share.start + static_cast<int64_t>(c) * work.inner;
-    for (uint32_t place = thread * N; place < share.places; place += kGroup * N)
-      body(start + place, affine);
+  const auto affine_of = [&](uint32_t c) {
+    return Affine(args, work, share.sample, share.first_channel + c, mean, rstd);
   };
   Means means;
   if (phase == Phase::apply) {
@@ -110,15 +107,17 @@ __global__ void __launch_bounds__(kThreads, 4) group_norm_silu_backward_kernel(
       const uint32_t c = first + lane;
       Sum g, gd, d;
       if (c < share.channels) {
-        for_each_pack(c, [&](int64_t offset, const Affines<N>& affine) {
-          Gradients<T, N> grads(args, offset, affine);
+        const Affines<N> affine(affine_of(c));
+        const int64_t start = share.start + static_cast<int64_t>(c) * work.inner;
+        for (uint32_t place = thread * N; place < share.places; place += kGroup * N) {
+          Gradients<T, N> grads(args, start + place, affine);
           g.add(sum_of(grads.g_u));
           d.add(sum_of(grads.d));
 #pragma unroll
           for (int j = 0; j < N; ++j)
             grads.d[j] = grads.g_u[j] * grads.d[j];
           gd.add(sum_of(grads.d));
-        });
+        }
       }
       ChannelSums sums;
       sums.g = group_sum<kGroup>(g.total());
@@ -138,15 +137,19 @@ __global__ void __launch_bounds__(kThreads, 4) group_norm_silu_backward_kernel(
     }
   }
   if (!args.g_h) return;
-  for (uint32_t c = lane; c < share.channels; c += kLanes) {
-    for_each_pack(c, [&](int64_t offset, const Affines<N>& affine) {
-      Gradients<T, N> grads(args, offset, affine);
+  const bool tabled = share.channels <= kTable;
+  for (uint32_t c = threadIdx.x; tabled && c < share.channels; c += kThreads)
+    table[c] = affine_of(c);
+  __syncthreads();
+  for_each_pack<N>(share, work, division, [&](uint32_t c, int64_t offset) {
+    const Affines<N> affine(tabled ? table[c] : affine_of(c));
+    const Gradients<T, N> grads(args, offset, affine);
+    Floats<N> g_h;
 #pragma unroll
-      for (int j = 0; j < N; ++j)
-        grads.d[j] = grads.g_u[j] * affine.of[j].scale - (means.base + grads.d[j] * means.slope);
-      store_at<T>(args.g_h, offset, grads.d);
-    });
-  }
+    for (int j = 0; j < N; ++j)
+      g_h[j] = grads.g_u[j] * affine.of[j].scale - (means.base + grads.d[j] * means.slope);
+    store_at<T>(args.g_h, offset, g_h);
+  });
 }
 
 // ---- channels_last ----
@@ -240,11 +243,12 @@ __global__ void __launch_bounds__(kThreads, 4) group_norm_silu_backward_across_k
     for (int j = 0; j < N; ++j)
       of_channel[j] = means[group_of(pack * N + j) - share.first_group];
     at.for_each_place<N>(share, work, pack, [&](int64_t offset) {
-      Gradients<T, N> grads(args, offset, affine);
+      const Gradients<T, N> grads(args, offset, affine);
+      Floats<N> g_h;
 #pragma unroll
       for (int j = 0; j < N; ++j)
-        grads.d[j] = grads.g_u[j] * affine.of[j].scale - (of_channel[j].base + grads.d[j] * of_channel[j].slope);
-      store_at<T>(args.g_h, offset, grads.d);
+        g_h[j] = grads.g_u[j] * affine.of[j].scale - (of_channel[j].base + grads.d[j] * of_channel[j].slope);
+      store_at<T>(args.g_h, offset, g_h);
     });
   });
 }

@@ -58,18 +58,6 @@ __device__ void normalize(const GroupNormSiluArgs& args, int64_t offset, const A
 
 // ---- contiguous ----
 
-constexpr uint32_t kTable = 256;  // channels whose coefficients are kept for the block
-
-// Calls body(channel of the group, offset) for the packs of a thread.
-template <int N, typename Body>
-__device__ void for_each_pack(const Share& share, const Work& work, const Division& division, const Body& body) {
-  const FastDiv& by_places = share.places == division.part_places ? division.by_places : division.by_last_places;
-  for (uint32_t element = threadIdx.x * N; element < share.channels * share.places; element += kThreads * N) {
-    const uint32_t channel = by_places.quotient(element);
-    body(channel, share.start + (static_cast<int64_t>(channel) * work.inner + (element - channel * share.places)));
-  }
-}
-
 template <typename T, int N>
 __global__ void __launch_bounds__(kThreads, 4) group_norm_silu_kernel(
     GroupNormSiluArgs args, Work work, Division division, Phase phase
