@@ -55,8 +55,8 @@ DDPM_FAST_HD void fold(Number* lanes) {
   }
 }
 
-// What is summed of each element: kSums values added to `to`, kLanes apart. Sums over a piece are taken in Number, in as
-// many lanes as a loop has at a time, and sums of pieces in float64.
+// What is summed of each element: kSums values added to `to`, kLanes apart. Sums over a piece are taken in Number, in
+// as many lanes as a loop has at a time, and sums of pieces in float64.
 struct Values {  // h
   static constexpr int kSums = 1;
   using Number = float;
