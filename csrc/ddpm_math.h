@@ -70,8 +70,8 @@ DDPM_FAST_HD ExpOfMinusAbs exp_of_minus_abs(float v) {
   return {a, e.p, pow2(low), pow2(e.n - low)};
 }
 
-// a where v is negative (-0 and NaN either way), else b. Made of bits on the CPU, because compilers turn several choices
-// by one comparison into a branch, and then divide on both sides of it, or do not vectorise at all.
+// a where v is negative (-0 and NaN either way), else b. Made of bits on the CPU, because compilers turn several
+// choices by one comparison into a branch, and then divide on both sides of it, or do not vectorise at all.
 DDPM_FAST_HD float where_negative(float v, float a, float b) {
 #if defined(__CUDA_ARCH__)
   return v < 0.0f ? a : b;

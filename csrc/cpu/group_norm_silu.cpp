@@ -6,7 +6,7 @@
 //   act((h - offset[n, c]) scale[n, c] + beta[n, c])      offset = mean - bias - temb, scale = rstd weight
 //
 // A contiguous tensor is cut into groups, a channels_last one into runs of whole groups side by side. Sums are taken in
-// float64, in an order that depends on the shape alone.
+// an order that depends on the shape alone.
 #include <cmath>
 #include <limits>
 
@@ -29,6 +29,7 @@ struct Piece {
   int64_t channel, place;
 };
 constexpr int64_t kPiece = 2048, kPlaces = 32;  // elements of a piece; places, where they are the rows
+constexpr int64_t kKept = 128 * 1024;           // elements of which a thread keeps a value from one reading to the next
 
 struct alignas(64) Block {
   float v[kPiece];
@@ -82,6 +83,7 @@ class Parameters {
 struct Channels {
   std::vector<float> offset, scale, beta, shift, base, slope;
   std::vector<double> sums[3];
+  std::vector<float> g_u;  // of each element
   explicit Channels(int64_t count) {
     for (auto* values : {&offset, &scale, &beta, &shift, &base, &slope})
       values->assign(static_cast<size_t>(count), 0.0f);
@@ -248,19 +250,23 @@ Status group_norm_silu_backward_cpu(const GroupNormSiluArgs& args, int threads) 
       set_coefficients(parameters, run, width, group, mean, rstd, channels);
     }
     Block a, b, c, d;
+    // The derivative of SiLU is not computed twice where the cache can hold what it gave.
+    const int64_t elements = run.count * width * shape.inner;
+    const bool kept = args.silu && args.g_h && elements <= kKept;
+    if (kept) channels.g_u.resize(static_cast<size_t>(elements));
     // Calls body(piece, g_u, h) for all pieces.
-    const auto for_each_gradient = [&](const auto& body) {
+    const auto for_each_gradient = [&](bool again, const auto& body) {
+      float* next = kept ? channels.g_u.data() : c.v;
       for_each_piece(shape, run.n, run.first * width, run.count * width, [&](const Piece& piece) {
-        const FloatRows h = load_rows(args.h, piece.rows, a.v);
-        FloatRows g_u = load_rows(args.g, piece.rows, b.v);
-        if (args.silu) {
-          activation_gradient_rows(g_u, h, channels.from(piece.channel), c.v, piece.rows, across);
-          g_u = {c.v, piece.rows.length};
-        }
-        body(piece, g_u, h);
+        const FloatRows h = load_rows(args.h, piece.rows, a.v), packed{next, piece.rows.length};
+        const bool computes = args.silu && !(kept && again);
+        const FloatRows g = args.silu && !computes ? packed : load_rows(args.g, piece.rows, b.v);
+        if (computes) activation_gradient_rows(g, h, channels.from(piece.channel), next, piece.rows, across);
+        if (kept) next += piece.rows.count * piece.rows.length;
+        body(piece, args.silu ? packed : g, h);
       });
     };
-    for_each_gradient([&](const Piece& piece, const FloatRows& g_u, const FloatRows& h) {
+    for_each_gradient(false, [&](const Piece& piece, const FloatRows& g_u, const FloatRows& h) {
       double* sums[3];
       for (int k = 0; k < 3; ++k)
         sums[k] = channels.sums[k].data() + piece.channel;
@@ -269,7 +275,7 @@ Status group_norm_silu_backward_cpu(const GroupNormSiluArgs& args, int threads) 
     for (int64_t group = run.first; group < run.first + run.count; ++group)
       set_gradients(args, parameters, run, group, channels);
     if (!args.g_h) return;
-    for_each_gradient([&](const Piece& piece, const FloatRows& g_u, const FloatRows& h) {
+    for_each_gradient(true, [&](const Piece& piece, const FloatRows& g_u, const FloatRows& h) {
       const StoreRows g_h = begin_store_rows(args.g_h, piece.rows, d.v);
       pull_back_rows(g_u, h, channels.from(piece.channel), g_h, piece.rows, across);
       store_rows(args.g_h, piece.rows, g_h);
