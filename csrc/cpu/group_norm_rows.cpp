@@ -184,6 +184,22 @@ DDPM_FAST_CLONES void pull_back_rows(
   across ? pull_back<true>(g_u, h, c, g_h, rows) : pull_back<false>(g_u, h, c, g_h, rows);
 }
 
+DDPM_FAST_CLONES void
+add_to_channels(const float* h, const float* added, int64_t channels, int64_t inner, float* __restrict__ v) {
+  for (int64_t c = 0; c < channels; ++c) {
+    for (int64_t i = 0; i < inner; ++i)
+      v[c * inner + i] = h[c * inner + i] + added[c];
+  }
+}
+
+DDPM_FAST_CLONES void
+repeat_for_channels(const float* values, int64_t channels, int64_t inner, float* __restrict__ out) {
+  for (int64_t c = 0; c < channels; ++c) {
+    for (int64_t i = 0; i < inner; ++i)
+      out[c * inner + i] = values[c];
+  }
+}
+
 DDPM_FAST_CLONES void sum_values(const FloatRows& h, double* const* sums, const Rows& rows, bool across) {
   sum_rows(Values{h}, sums, rows, across);
 }
