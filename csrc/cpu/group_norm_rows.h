@@ -24,6 +24,10 @@ void pull_back_rows(
     const FloatRows& g_u, const FloatRows& h, const Coefficients& c, const StoreRows& g_h, const Rows& rows, bool across
 );
 
+// For each of `inner` elements of a channel: v = h + added[c], or values[c]. All packed.
+void add_to_channels(const float* h, const float* added, int64_t channels, int64_t inner, float* v);
+void repeat_for_channels(const float* values, int64_t channels, int64_t inner, float* out);
+
 // Added to sums[k][row or column]: sums of h; of h - shift and its square; of g_u, g_u d and d with d = h - offset.
 void sum_values(const FloatRows& h, double* const* sums, const Rows& rows, bool across);
 void sum_moments(const FloatRows& h, const float* shift, double* const* sums, const Rows& rows, bool across);

@@ -8,7 +8,6 @@
 // A contiguous tensor is cut into groups, a channels_last one into runs of whole groups side by side. Sums are taken in
 // an order that depends on the shape alone.
 #include <cmath>
-#include <limits>
 
 #include "group_norm_rows.h"
 
@@ -111,6 +110,17 @@ void set_coefficients(
   }
 }
 
+// A group's statistics, as results and as coefficients of its channels.
+void set_group(
+    const GroupNormSiluArgs& args, const Parameters& parameters, const Groups& run, int64_t group, double mean,
+    double variance, Channels& channels
+) {
+  const double rstd = 1.0 / std::sqrt(variance + static_cast<double>(args.eps));
+  args.mean[run.n * args.groups + group] = static_cast<float>(mean);
+  args.rstd[run.n * args.groups + group] = static_cast<float>(rstd);
+  set_coefficients(parameters, run, args.group_channels(), group, mean, rstd, channels);
+}
+
 // mean and variance of a group from the sums of its channels, each about its own shift
 void set_statistics(
     const GroupNormSiluArgs& args, const Parameters& parameters, const Groups& run, int64_t group, Channels& channels
@@ -131,11 +141,7 @@ void set_statistics(
     const double d = channels.sums[0][k] - mean;
     squares += channels.sums[1][k] + inner * d * d;
   }
-  const double variance = squares * inverse / static_cast<double>(width);
-  const double rstd = 1.0 / std::sqrt(variance + static_cast<double>(args.eps));
-  args.mean[run.n * args.groups + group] = static_cast<float>(mean);
-  args.rstd[run.n * args.groups + group] = static_cast<float>(rstd);
-  set_coefficients(parameters, run, width, group, mean, rstd, channels);
+  set_group(args, parameters, run, group, mean, squares * inverse / static_cast<double>(width), channels);
 }
 
 // Calls body(Groups, Channels) for all groups, in parallel. Small groups come several at a time. Groups side by side
@@ -185,6 +191,36 @@ void add_moments(const FloatRows& h, const Piece& piece, bool across, Channels& 
   sum_moments(h, shift, sums, piece.rows, across);
 }
 
+// Rows of few elements cost more than these do. Then a group, if it is one piece, is taken as one row of v, and
+// coefficients are repeated for each element.
+bool is_short(const GroupNormSiluArgs& args) {
+  return !is_across(args.shape) && args.shape.inner <= 64 && args.group_channels() * args.shape.inner <= kPiece;
+}
+
+void short_group(
+    const GroupNormSiluArgs& args, const Parameters& parameters, int64_t n, int64_t group, Channels& channels
+) {
+  const int64_t width = args.group_channels(), inner = args.shape.inner, size = width * inner;
+  const Piece piece{{(n * args.groups + group) * size, 1, size, size}, 0, 0};
+  Block a, b, c, d, e;
+  const FloatRows h = load_rows(args.h, piece.rows, a.v);
+  for (int64_t k = 0; k < width; ++k)
+    channels.offset[static_cast<size_t>(k)] = static_cast<float>(parameters.added(n, group * width + k));
+  add_to_channels(h.v, channels.offset.data(), width, inner, b.v);
+  channels.sums[0][0] = channels.sums[1][0] = 0.0;
+  add_moments({b.v, size}, piece, false, channels);
+  const double s = channels.sums[0][0], count = static_cast<double>(size);
+  const double squares = channels.sums[1][0] - s * s / count;
+  const double mean = static_cast<double>(channels.shift[0]) + s / count;
+  set_group(args, parameters, Groups{n, group, 1}, group, mean, (squares < 0.0 ? 0.0 : squares) / count, channels);
+  repeat_for_channels(channels.offset.data(), width, inner, b.v);
+  repeat_for_channels(channels.scale.data(), width, inner, c.v);
+  repeat_for_channels(channels.beta.data(), width, inner, d.v);
+  const StoreRows y = begin_store_rows(args.y, piece.rows, e.v);
+  normalize_rows(h, {b.v, c.v, d.v, nullptr, nullptr}, y, piece.rows, true, args.silu);
+  store_rows(args.y, piece.rows, y);
+}
+
 // After the sums over channels: the means that all elements of a group need, and the sums that are results.
 void set_gradients(
     const GroupNormSiluArgs& args, const Parameters& parameters, const Groups& run, int64_t group, Channels& channels
@@ -220,7 +256,11 @@ Status group_norm_silu_cpu(const GroupNormSiluArgs& args, int threads) {
   const bool across = is_across(shape);
   const int64_t width = args.group_channels();
   const Parameters parameters(args);
+  const bool in_short_groups = is_short(args);
   for_each_groups(args, threads, [&](const Groups& run, Channels& channels) {
+    for (int64_t group = run.first; in_short_groups && group < run.first + run.count; ++group)
+      short_group(args, parameters, run.n, group, channels);
+    if (in_short_groups) return;
     Block a, b;
     for_each_piece(shape, run.n, run.first * width, run.count * width, [&](const Piece& piece) {
       const FloatRows h = load_rows(args.h, piece.rows, a.v);
