@@ -36,7 +36,7 @@ AWKWARD = [
     ((1, 36, 9, 11), 12),
     ((2, 4, 3, 2, 5), 2),
     ((1, 4, 50, 43), 2),
-    ((1, 32, 64, 20), 8),
+    ((1, 32, 16, 10), 8),
     ((0, 6, 4, 4), 3),
     ((2, 6, 0, 4), 3),
 ]
@@ -95,8 +95,8 @@ def test_every_part_is_optional(device, parts):
 
 @pytest.mark.parametrize(("shape", "groups"), AWKWARD, ids=str)
 def test_on_awkward_inputs(device, shape, groups):
-    for kind in ("contiguous", "channels_last", "offset"):
-        check(device, groups, "silu", shape=shape, kind=kind)
+    check(device, groups, "silu", shape=shape, kind="offset")
+    check(device, groups, "silu", shape=shape, kind="channels_last")
     check(device, groups, None, shape=shape, dtype=torch.bfloat16, kind="channels_last")
 
 
@@ -265,8 +265,7 @@ def test_gradcheck_in_float64(act):
     assert torch.autograd.gradcheck(function, arguments)
 
 
-@pytest.mark.parametrize("act", ["none", "silu"])
-@pytest.mark.parametrize("kind", ["contiguous", "channels_last", "sliced"])
+@pytest.mark.parametrize(("kind", "act"), [("contiguous", "none"), ("channels_last", "silu"), ("sliced", "silu")])
 def test_opcheck(device, kind, act):
     a = {name: value.requires_grad_() for name, value in to(device, inputs(kind=kind)).items()}
     arguments = (a["h"], a["bias"], a["temb"], a["weight"], a["beta"], GROUPS, 1e-5, act)
