@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from sklearn.datasets import load_digits
 
+import ddpm_fast
 from ddpm_fast import inference
 from ddpm_fast.interop.diffusers import DDIMScheduler, DDPMScheduler, UNet2DModel, from_diffusers, to_diffusers
 
@@ -92,6 +93,16 @@ class TestTrajectories:
         want = run(trained, diffusers.DDIMScheduler(), 50)
         scheduler = DDIMScheduler() if our_scheduler else diffusers.DDIMScheduler()
         assert_same_images(run(ours(trained) if our_unet else trained, scheduler, 50), want)
+
+    def test_the_sampler_of_a_saved_folder(self, trained, a_thousand_of_theirs, tmp_path):
+        """As it comes, with a fused plan: a thousand DDPM steps, and fifty of DDIM by asking for them."""
+        scheduler = diffusers.DDPMScheduler(variance_type="fixed_large")
+        diffusers.DDPMPipeline(unet=trained, scheduler=scheduler).save_pretrained(tmp_path)
+        fifty_of_theirs = run(trained, diffusers.DDIMScheduler(), 50)
+        for want, asked in ((a_thousand_of_theirs, {}), (fifty_of_theirs, {"method": "ddim", "steps": 50})):
+            sampler = ddpm_fast.Sampler.from_pretrained(tmp_path, **asked)
+            assert sampler.fused
+            assert_same_images(sampler.sample(2, generator=torch.Generator().manual_seed(1)), want)
 
     def test_the_ddim_pipeline(self, trained):
         results = []
