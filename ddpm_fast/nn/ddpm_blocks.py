@@ -92,8 +92,8 @@ def norm_act(
 ) -> Tensor:
     """act(GroupNorm(h + bias[c] + temb[n, c]) (1 + scale[n, c]) + shift[n, c]), each but h optional.
 
-    On a GPU one op. On a CPU that was measured to change nothing (0.96 to 1.03 times the speed of a forward pass): between
-    torch's operators its idle threads spin on the cores that ours would wake on.
+    On a GPU one op. On a CPU that was measured to change nothing (0.96 to 1.03 times the speed of a forward pass), for
+    between torch's operators its idle threads spin on the cores that ours would wake on.
     """
     if h.is_cuda and act == "silu":
         return ops.group_norm_silu(
