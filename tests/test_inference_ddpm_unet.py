@@ -96,7 +96,7 @@ def test_matches_the_model(n, shape, options, dtype, deterministic, monkeypatch)
         with torch.no_grad():
             assert wrong < relative_error(half(x.to(dtype), t, labels), expected)
     at_rows = fused.at_rows(x, torch.arange(n), labels)  # embeddings computed beforehand
-    assert relative_error(at_rows, got) < 1e-6 if dtype == torch.float32 else 1e-2
+    assert relative_error(at_rows, got) < (1e-6 if dtype == torch.float32 else 1e-2)
 
 
 @pytest.mark.parametrize("options", [{}, {"num_class_embeds": 3}, {"resnet_time_scale_shift": "scale_shift"}])
