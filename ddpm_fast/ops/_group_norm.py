@@ -40,7 +40,7 @@ def group_norm_silu(
         temb: (N, C), optional.
         scale, shift: (N, C), scale-shift conditioning (Dhariwal & Nichol 2021), applied before act; each optional.
         eps: finite, >= 0.
-        act: "silu" (within 3 ulp of float64) or None (identity).
+        act: "silu" (a few ulp of float64 where the result is above 1e-36) or None (identity).
 
     Returns:
         Like h, in its dtype and memory format. Differentiable in all tensors. They may have other float dtypes than h;
