@@ -16,6 +16,8 @@ $(VENV)/.installed: pyproject.toml setup.py CMakeLists.txt constraints.txt $(wil
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install --quiet --constraint constraints.txt torch triton
 	$(PIP) install --quiet --constraint constraints.txt --editable '.[demo,test,lint]'
+	# A peer that tests and benchmarks run; torchvision, which it asks for, has no build for a CPU-only torch.
+	$(PIP) install --quiet --constraint constraints.txt --no-deps denoising-diffusion-pytorch
 	touch $@
 
 demo: $(VENV)/.installed

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
+import sys
 from typing import Any
 
 
@@ -16,3 +18,17 @@ def package(name: str) -> Any:
         return importlib.import_module(name)
     except ImportError as error:
         raise Missing(f"not installed; pip install {name} ({error})") from error
+
+
+def lucidrains() -> Any:
+    """denoising_diffusion_pytorch, or Missing. Where torchvision is missing a stand-in is there for the import."""
+    name = "denoising_diffusion_pytorch"
+    if name in sys.modules or importlib.util.find_spec("torchvision") is not None:
+        return package(name)
+    import torchvision_stand_in
+
+    torchvision_stand_in.install()
+    try:
+        return package(name)
+    finally:
+        torchvision_stand_in.remove()

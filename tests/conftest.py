@@ -127,6 +127,21 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+@pytest.fixture(scope="session")
+def lucidrains() -> Any:
+    """The package denoising_diffusion_pytorch. It asks for torchvision, which has no build for this CPU-only torch: a
+    stand-in is there while it is imported, which only its Trainer's images go through.
+    """
+    sys.path.insert(0, str(BENCHMARKS))
+    try:
+        packages = importlib.import_module("packages")
+        return packages.lucidrains()
+    except packages.Missing as missing:
+        pytest.skip(f"denoising_diffusion_pytorch is {missing}")
+    finally:
+        sys.path.remove(str(BENCHMARKS))
+
+
 # -- the benchmark ---------------------------------------------------------------------------------------------------
 
 
