@@ -41,9 +41,10 @@ def whole(name: str, channels: int, level: int) -> Slice:
 class Conv:
     """y = act(conv2d(x, weight, padding=1) + bias) + temb[n, c] + residual; 3x3; act: identity or SiLU.
 
-    weight [out, in, 3, 3], bias [out]. source: where x lies, None for the image itself (float32 NCHW). temb: the first
-    of `out` columns of the time table, None for no time embedding. pooled: also gets the 2x2 maximum of y, only where
-    there is no residual. A target shares no channel with what a layer reads, here as everywhere.
+    weight [out, in, 3, 3], bias [out]. source: where x lies, None for the image itself (float32 NCHW), which may also
+    be convolved with [out, in, 7, 7] and padding 3. temb: the first of `out` columns of the time table, None for no
+    time embedding. pooled: also gets the 2x2 maximum of y, only where there is no residual. A target shares no channel
+    with what a layer reads, here as everywhere.
     resample: "up" convolves the image with every pixel doubled in both directions; "down" has stride 2 and, where
     `padding` is 0, pads at the far ends only.
     """
@@ -64,6 +65,17 @@ class Conv:
 @dataclasses.dataclass(frozen=True, eq=False)
 class Up:
     """y = conv_transpose2d(x, weight, bias, stride=2); 2x2 kernel: weight [in, out, 2, 2], bias [out]."""
+
+    name: str
+    weight: Tensor
+    bias: Tensor
+    source: Slice
+    target: Slice
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Down:
+    """y = conv2d(x, weight, bias, stride=2); 2x2 kernel: weight [out, in, 2, 2], bias [out]. Even H and W."""
 
     name: str
     weight: Tensor
@@ -103,10 +115,29 @@ class Norm:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
+class RMSNorm:
+    """y = act(x / max(|x|, eps) weight[c] (1 + scale[n, c]) + shift[n, c]) + residual, |x| over a pixel's channels.
+
+    weight holds the factor sqrt(c), too. modulation: the first of 2c columns of the time table, [scale | shift]; None
+    for neither.
+    """
+
+    name: str
+    weight: Tensor
+    source: Slice
+    target: Slice
+    eps: float
+    silu: bool = True
+    modulation: int | None = None
+    residual: Slice | None = None
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class Attention:
     """y = softmax(q k^T scale) v over the pixels of an image, `heads` times side by side.
 
-    source: 3c channels [q | k | v], target: c, both cut into heads.
+    source: 3c channels [q | k | v], target: c, both cut into heads. memory: keys and values of further tokens,
+    [2, heads, tokens, c / heads], the same for every image.
     """
 
     name: str
@@ -114,6 +145,23 @@ class Attention:
     target: Slice
     heads: int
     scale: float
+    memory: Tensor | None = None
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class LinearAttention:
+    """y[p] = (sum_j K[j] v[j]^T)^T (scale softmax(q[p])), per head; K = softmax of k over all tokens j, per channel.
+
+    The softmax of q runs over a head's channels. source: 3c channels [q | k | v], target: c, both cut into heads.
+    memory: keys and values of further tokens, [2, heads, c / heads, tokens] (tokens last, as the module keeps them).
+    """
+
+    name: str
+    source: Slice
+    target: Slice
+    heads: int
+    scale: float
+    memory: Tensor
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -126,19 +174,25 @@ class Output:
     source: Slice
 
 
-Layer = Conv | Up | Linear | Norm | Attention | Output
+Layer = Conv | Up | Down | Linear | Norm | RMSNorm | Attention | LinearAttention | Output
 
 
 def tensors_of(layer: Layer) -> tuple[Tensor, ...]:
     """A layer's own weights."""
-    return () if isinstance(layer, Attention) else (layer.weight, layer.bias)
+    match layer:
+        case RMSNorm():
+            return (layer.weight,)
+        case Attention() | LinearAttention():
+            return () if layer.memory is None else (layer.memory,)
+        case _:
+            return (layer.weight, layer.bias)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TimeTable:
     """The time embedding of every block at once, all blocks side by side.
 
-        e = features(t), or with an mlp (w1, b1, w2, b2): e = w2 SiLU(w1 features(t) + b1) + b2
+        e = features(t), or with an mlp (w1, b1, w2, b2): e = w2 mlp_act(w1 features(t) + b1) + b2
         temb = e @ weight.T + bias, or with an mlp: SiLU(e + labels[label]) @ weight.T + bias
 
     weight [columns, time_dim], bias [columns]. features: t (N,) -> float32 (N, features), without parameters.
@@ -153,6 +207,7 @@ class TimeTable:
     labels: Tensor | None = None
     null_label: int | None = None
     mlp: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
+    mlp_act: Literal["silu", "gelu"] = "silu"
 
     @property
     def added_labels(self) -> Tensor | None:
@@ -174,7 +229,8 @@ class TimeTable:
 class Network:
     """Layers in the order in which they run, and what they need to know of time.
 
-    divisor: H and W of an image must be multiples of it. Every tensor is float32, contiguous, on one device, and its
+    divisor: H and W of an image must be multiples of it. self_condition: what is convolved first is [x0 of the step
+    before, or zeros | x], side by side; in_channels counts both. Every tensor is float32, contiguous, on one device, and its
     own: nothing here shares memory with the module that it was read from.
     """
 
@@ -182,6 +238,7 @@ class Network:
     in_channels: int
     divisor: int
     time: TimeTable
+    self_condition: bool = False
 
     @property
     def out_channels(self) -> int:
@@ -198,4 +255,4 @@ class Network:
 
     def numbers(self) -> list[float]:
         """What a reading holds besides tensors that may change while the architecture stays: the norms' eps."""
-        return [layer.eps for layer in self.layers if isinstance(layer, Norm)]
+        return [layer.eps for layer in self.layers if isinstance(layer, (Norm, RMSNorm))]
