@@ -9,7 +9,19 @@ from . import library, native
 from .candidate import Bound, Candidate, Frame, PackName, Packs, Place
 from .ending import Step, gpu
 from .module import Module
-from .network import Attention, Conv, Layer, Linear, Network, Norm, Output, Slice, tensors_of
+from .network import (
+    Attention,
+    Conv,
+    Layer,
+    Linear,
+    LinearAttention,
+    Network,
+    Norm,
+    Output,
+    RMSNorm,
+    Slice,
+    tensors_of,
+)
 from .times import embed
 from .trial import Ranking
 
@@ -49,7 +61,7 @@ def places(
         source = view(layer.source)
         target = None if isinstance(layer, Output) else view(layer.target)
         pooled = view(layer.pooled) if isinstance(layer, Conv) else None
-        residual = view(layer.residual) if isinstance(layer, (Conv, Linear)) else None
+        residual = view(layer.residual) if isinstance(layer, (Conv, Linear, RMSNorm)) else None
         size = (h, w) if source is None else (source.shape[1], source.shape[2])
         result.append(Place(n, *size, dtype, device, source, target, pooled, columns, packs, residual))
     return result
@@ -163,7 +175,9 @@ def signature(layer: Layer, place: Place) -> tuple[object, ...]:
         extra = (layer.silu, layer.temb is not None, layer.resample, layer.padding)
     elif isinstance(layer, Norm):
         extra = (layer.groups, layer.silu, layer.modulation is not None)
-    elif isinstance(layer, Attention):
+    elif isinstance(layer, RMSNorm):
+        extra = (layer.silu, layer.modulation is not None, layer.residual is not None)
+    elif isinstance(layer, (Attention, LinearAttention)):
         extra = (layer.source.channels, layer.heads)
     shapes = tuple(tuple(tensor.shape) for tensor in tensors_of(layer)[:1])
     return (type(layer).__name__.lower(), shapes, *extra, place.n, place.h, place.w, *strides)
