@@ -109,11 +109,25 @@ class Plan:
         self.own_rows = torch.arange(n, device=device)
         time = network.time
         self.label_rows = None if time.labels is None else torch.full_like(self.rows, time.null_label or 0)
+        size = (n, network.in_channels, h, w)
+        self._both = torch.zeros(size, device=device) if network.self_condition else None  # [x_self_cond | x]
         self._bounds = joined(bounds)
         self._separate, self._before_last = bounds, list[Bound]()
 
+    def fed(self, x: Tensor, x_self_cond: Tensor | None = None) -> Tensor:
+        """What `run` takes of images x (n, C, h, w): float32, contiguous, after what the network is conditioned on."""
+        if self._both is None:
+            return x.detach().to(torch.float32).contiguous()
+        before, images = self._both.chunk(2, dim=1)
+        images.copy_(x)
+        if x_self_cond is None:
+            before.zero_()
+        else:
+            before.copy_(x_self_cond)
+        return self._both
+
     def run(self, x: Tensor, out: Tensor, time_table: Tensor, time_rows: Tensor) -> None:
-        """x, out: float32 (n, C, h, w) contiguous, each with its own C, not the same memory."""
+        """x, as `fed` gives it, and out: float32 (n, C, h, w) contiguous, each with its own C, not the same memory."""
         frame = Frame(x, out, time_table, time_rows, self.network.time.added_labels, self.label_rows)
         for bound in self._bounds:
             bound(frame)
