@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -90,16 +91,16 @@ class RMSNormUNet(nn.Module):
         self.downs, self.ups = nn.ModuleList(), nn.ModuleList()
         for stage, (a, b) in enumerate(itertools.pairwise(widths)):
             blocks = [resnet(a, a), resnet(a, a), attention(a, stage, config["full_attn"][stage])]
-            change = nn.Conv2d(a, b, 3, padding=1) if stage == last else Down(a, b)
-            self.downs.append(nn.ModuleList([*blocks, change]))
+            down = nn.Conv2d(a, b, 3, padding=1) if stage == last else Down(a, b)
+            self.downs.append(nn.ModuleList([*blocks, down]))
         self.mid_block1 = resnet(widths[-1], widths[-1])
         self.mid_attn = attention(widths[-1], last, full=True)
         self.mid_block2 = resnet(widths[-1], widths[-1])
         for stage in range(last, -1, -1):
             a, b = widths[stage : stage + 2]
             blocks = [resnet(a + b, b), resnet(a + b, b), attention(b, stage, config["full_attn"][stage])]
-            change = nn.Conv2d(b, a, 3, padding=1) if stage == 0 else Up(b, a)
-            self.ups.append(nn.ModuleList([*blocks, change]))
+            up = nn.Conv2d(b, a, 3, padding=1) if stage == 0 else Up(b, a)
+            self.ups.append(nn.ModuleList([*blocks, up]))
 
     # -- what it says about itself --------------------------------------------------------------------------------
 
@@ -141,14 +142,16 @@ class RMSNormUNet(nn.Module):
             x = torch.cat([torch.zeros_like(x) if x_self_cond is None else x_self_cond, x], dim=1)
         stem = x = self.init_conv(x)
         skips = []
-        for block1, block2, attention, change in self.downs:
+        for stage in self.downs:
+            block1, block2, attention, change = cast(nn.ModuleList, stage)
             x = block1(x, temb)
             skips.append(x)
             x = attention(block2(x, temb))
             skips.append(x)
             x = change(x)
         x = self.mid_block2(self.mid_attn(self.mid_block1(x, temb)), temb)
-        for block1, block2, attention, change in self.ups:
+        for stage in self.ups:
+            block1, block2, attention, change = cast(nn.ModuleList, stage)
             x = block1(torch.cat([x, skips.pop()], dim=1), temb)
             x = block2(torch.cat([x, skips.pop()], dim=1), temb)
             x = change(attention(x))
