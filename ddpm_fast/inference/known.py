@@ -24,6 +24,7 @@ KNOWN: dict[type, tuple[Check, Reader]] = {UNet: (check_unet, unet), DDPMUNet: (
 CONVERTED = {
     "diffusers.models.unets.unet_2d.UNet2DModel": ("ddpm_fast.interop._unets", "from_diffusers"),
     "ddpm_fast.interop._unet2d.UNet2DModel": ("ddpm_fast.interop._unets", "from_diffusers"),
+    "ddpm_fast.interop._openai_unet.UNetModel": ("ddpm_fast.interop._openai_unet", "twin"),
 }
 
 
