@@ -76,7 +76,7 @@ class RMSNorm(nn.Module):
 
 
 class Block(nn.Module):
-    """dropout(SiLU(norm(conv(x)) (1 + scale) + shift)) + residual: the half of a residual block."""
+    """SiLU(norm(conv(x)) (1 + scale) + shift), then dropout or + residual: the first or second half of a block."""
 
     def __init__(self, in_channels: int, out_channels: int, dropout: float = 0.0) -> None:
         super().__init__()
@@ -87,10 +87,8 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None, residual: Tensor | None = None
     ) -> Tensor:
-        if residual is None:
-            y: Tensor = self.dropout(self.norm(self.proj(x), scale, shift, act="silu"))
-            return y
-        return self.norm(self.proj(x), scale, shift, residual, act="silu")
+        y: Tensor = self.norm(self.proj(x), scale, shift, residual, act="silu")
+        return self.dropout(y) if residual is None else y
 
 
 class ResnetBlock(nn.Module):
