@@ -64,7 +64,7 @@ def from_lucidrains(unet: nn.Module) -> RMSNormUNet:
 
     Raises TypeError for another class, ValueError for a network that was altered.
     """
-    theirs = [base for base in type(unet).__mro__ if (base.__module__, base.__name__) == (HOME, "Unet")]
+    theirs: list[Any] = [base for base in type(unet).__mro__ if (base.__module__, base.__name__) == (HOME, "Unet")]
     if not theirs:
         raise TypeError(
             f"unet must be a Unet of {HOME}, got {type(unet).__module__}.{type(unet).__qualname__}; for a copy of "
