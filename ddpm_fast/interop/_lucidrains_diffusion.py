@@ -6,7 +6,7 @@ import math
 import random
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -63,8 +63,8 @@ class GaussianDiffusion(Sampling):
     ) -> None:
         super().__init__()
         self._check_model(model)
-        self.model: Any = model
-        self.channels, self.self_condition = self.model.channels, bool(self.model.self_condition)
+        self.model = network = cast(Any, model)
+        self.channels, self.self_condition = network.channels, bool(network.self_condition)
         self.image_size = _sides(image_size, getattr(model, "downsample_factor", 1))
         self.objective = _one_of("objective", objective, OBJECTIVES)
         self.loss_type = _one_of("loss_type", loss_type, LOSSES)

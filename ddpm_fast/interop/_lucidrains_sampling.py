@@ -161,7 +161,7 @@ class Sampling(Process):
             z1, z2 = z.chunk(2) if n else (z, z)
         else:
             draw = drawing(generator, n, tuple(sizes), torch.float32, x1.device)
-            z1, z2, noise = draw(), draw(), lambda row, t: draw()
+            z1, z2, noise, seed = draw(), draw(), lambda row, t: draw(), 0
         with torch.no_grad():
             times = torch.full((n,), t, device=x1.device)
             one, two = (self._noised(self.normalize(x), times, z) for x, z in ((x1, z1), (x2, z2)))
@@ -196,7 +196,8 @@ class Sampling(Process):
             device = sampler._device(None)
             draw = drawing(generator, n, tuple(sizes), torch.float32, device)
             noise = draw  # bound here: the function below must not see draw as optional
-            arguments = {"x": draw(), "noise": lambda row, t: noise()}
+            # A seed, though none is used: the sampler would draw one, from what may be this very generator.
+            arguments = {"x": draw(), "noise": lambda row, t: noise(), "seed": 0}
         elif every:
             seed = seed_of(seed)
             x = ops.normal(n, sizes, seed=seed, first_sample=first_sample, device=sampler._device(None))
