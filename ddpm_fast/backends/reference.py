@@ -14,6 +14,8 @@ from ddpm_fast import noise as spec
 from ddpm_fast.backends.reference_math import _clip, _compute_dtype, _into, _per_channel, exp, silu, silu_grad
 from ddpm_fast.backends.reference_norm import group_norm_silu as group_norm_silu
 from ddpm_fast.backends.reference_norm import group_norm_silu_backward as group_norm_silu_backward
+from ddpm_fast.backends.reference_rms_norm import rms_norm_silu as rms_norm_silu
+from ddpm_fast.backends.reference_rms_norm import rms_norm_silu_backward as rms_norm_silu_backward
 
 
 def unavailable_reason(device: torch.device) -> str | None:

@@ -18,8 +18,18 @@ from ddpm_fast.noise import STREAM_TRAIN_NOISE, make_rng
 from ddpm_fast.ops import _checks as check
 from ddpm_fast.ops import _schema as _schema  # declares the ops
 from ddpm_fast.ops._group_norm import group_norm_silu
+from ddpm_fast.ops._rms_norm import rms_norm_silu
 
-__all__ = ["add_bias_temb", "ddpm_step", "group_norm_silu", "noise_mse", "normal", "q_sample", "random_bits"]
+__all__ = [
+    "add_bias_temb",
+    "ddpm_step",
+    "group_norm_silu",
+    "noise_mse",
+    "normal",
+    "q_sample",
+    "random_bits",
+    "rms_norm_silu",
+]
 
 # Bound once: looking an op up costs a tenth of a small call.
 _normal = torch.ops.ddpm_fast.normal.default

@@ -1,4 +1,4 @@
-"""Gradients of the ops that are trained through: q_sample, add_bias_temb, group_norm_silu and noise_mse."""
+"""Gradients of the ops that are trained through: q_sample, add_bias_temb, the norms and noise_mse."""
 
 from __future__ import annotations
 
@@ -58,6 +58,11 @@ def _add_bias_temb_backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
     return g if identity else g_h, g_bias, g_temb, None
 
 
+def _like(sums: Tensor, value: Tensor) -> Tensor:
+    """[N, C] sums as the gradient of ``value`` [C] or [N, C]."""
+    return (sums.sum(0) if value.dim() == 1 else sums).to(value.dtype)
+
+
 def _group_norm_silu_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     *tensors, num_groups, _eps, act = inputs
     _, mean, rstd = output
@@ -79,18 +84,38 @@ def _group_norm_silu_backward(ctx: Any, g: Tensor | None, *_: None) -> tuple[Any
     g_h, g_sum, d_weight, d_beta = _ops.group_norm_silu_backward.default(
         g, h, bias, temb, weight, beta, mean, rstd, *ctx.rest, *needed
     )
-
-    def like(sums: Tensor, value: Tensor) -> Tensor:
-        """[N, C] sums as the gradient of ``value`` [C] or [N, C]."""
-        return (sums.sum(0) if value.dim() == 1 else sums).to(value.dtype)
-
     return (
         g_h if need_h else None,
-        like(g_sum, bias) if need_bias else None,
-        like(g_sum, temb) if need_temb else None,
-        like(d_weight, weight) if need_weight else None,
-        like(d_beta, beta) if need_beta else None,
+        _like(g_sum, bias) if need_bias else None,
+        _like(g_sum, temb) if need_temb else None,
+        _like(d_weight, weight) if need_weight else None,
+        _like(d_beta, beta) if need_beta else None,
         *(None,) * 3,
+    )
+
+
+def _rms_norm_silu_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    h, weight, beta, _residual, eps, act = inputs
+    # The norm of each place is taken again: h is read in any case.
+    ctx.save_for_backward(h, weight, beta)
+    ctx.rest = (eps, act)
+
+
+def _rms_norm_silu_backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
+    h, weight, beta = ctx.saved_tensors
+    need_h, need_weight, need_beta, need_residual = ctx.needs_input_grad[:4]
+    need_weight, need_beta = need_weight and weight is not None, need_beta and beta is not None
+    g_h, d_weight, d_beta = None, None, None
+    if need_h or need_weight or need_beta:
+        g_h, d_weight, d_beta = _ops.rms_norm_silu_backward.default(
+            g, h, weight, beta, *ctx.rest, need_h, need_weight, need_beta
+        )
+    return (
+        g_h if need_h else None,
+        _like(d_weight, weight) if need_weight and d_weight is not None else None,
+        _like(d_beta, beta) if need_beta and d_beta is not None else None,
+        g if need_residual else None,
+        *(None,) * 2,
     )
 
 
@@ -110,6 +135,7 @@ def register(library: torch.library.Library) -> None:
         ("q_sample", _q_sample_backward, _q_sample_context),
         ("add_bias_temb", _add_bias_temb_backward, _add_bias_temb_context),
         ("group_norm_silu", _group_norm_silu_backward, _group_norm_silu_context),
+        ("rms_norm_silu", _rms_norm_silu_backward, _rms_norm_silu_context),
         ("noise_mse", _noise_mse_backward, _noise_mse_context),
     ):
         torch.library.register_autograd(f"ddpm_fast::{name}", backward, setup_context=context, lib=library)

@@ -61,12 +61,12 @@ def group_norm_silu(
         raise ValueError(f"eps must be a finite number >= 0, got {eps}")
     check.choice("act", act, (None, "silu"))
     if scale is not None or shift is not None:
-        weight, beta = _conditioned(h, weight, beta, scale, shift)
+        weight, beta = conditioned(h, weight, beta, scale, shift)
     y: Tensor = _group_norm_silu(h, bias, temb, weight, beta, num_groups, float(eps), act or "none")[0]
     return y
 
 
-def _conditioned(
+def conditioned(
     h: Tensor, weight: Tensor | None, beta: Tensor | None, scale: Tensor | None, shift: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None]:
     """weight (1 + scale) and beta (1 + scale) + shift, float32 (N, C), or as they were where nothing changes them."""

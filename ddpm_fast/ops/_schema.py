@@ -41,6 +41,11 @@ SCHEMAS = {
         "int num_groups, str act, bool need_h, bool need_sum, bool need_weight, bool need_beta) "
         "-> (Tensor g_h, Tensor g_sum, Tensor d_weight, Tensor d_beta)"
     ),
+    "rms_norm_silu": ("(Tensor h, Tensor? weight, Tensor? beta, Tensor? residual, float eps, str act) -> Tensor"),
+    "rms_norm_silu_backward": (
+        "(Tensor g, Tensor h, Tensor? weight, Tensor? beta, float eps, str act, "
+        "bool need_h, bool need_weight, bool need_beta) -> (Tensor g_h, Tensor d_weight, Tensor d_beta)"
+    ),
     "ddpm_step": (
         "(Tensor(a!) x, Tensor m, Tensor table, Tensor t_of_row, Tensor row, Tensor? rng, Tensor? noise, "
         "Tensor? m_uncond, Tensor? guidance, Tensor? x0_prev, Tensor? logvar, Tensor? logvar_range, Tensor? threshold, "
@@ -137,11 +142,22 @@ def _fake_group_norm_silu(
     return torch.empty_like(h), mean, rstd
 
 
-def _fake_group_norm_silu_backward(g: Tensor, h: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    need_h, *need_sums = rest[-4:]
+def _fake_norm_backward(g: Tensor, h: Tensor, need_h: bool, *need_sums: bool) -> tuple[Tensor, ...]:
     dtype = torch.float64 if h.dtype == torch.float64 else torch.float32
     sums = (g.new_empty(h.shape[:2], dtype=dtype) if needed else _nothing(g) for needed in need_sums)
     return (torch.empty_like(h) if need_h else _nothing(g), *sums)
+
+
+def _fake_group_norm_silu_backward(g: Tensor, h: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    return _fake_norm_backward(g, h, *rest[-4:])
+
+
+def _fake_rms_norm_silu(h: Tensor, *rest: Any) -> Tensor:
+    return torch.empty_like(h)
+
+
+def _fake_rms_norm_silu_backward(g: Tensor, h: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    return _fake_norm_backward(g, h, *rest[-3:])
 
 
 def _fake_ddpm_step(x: Tensor, m: Tensor, *rest: Any) -> None:
@@ -165,6 +181,8 @@ FAKES: dict[str, Callable[..., Any]] = {
     "add_bias_temb_backward": _fake_add_bias_temb_backward,
     "group_norm_silu": _fake_group_norm_silu,
     "group_norm_silu_backward": _fake_group_norm_silu_backward,
+    "rms_norm_silu": _fake_rms_norm_silu,
+    "rms_norm_silu_backward": _fake_rms_norm_silu_backward,
     "ddpm_step": _fake_ddpm_step,
     "noise_mse": _fake_noise_mse,
     "noise_mse_backward": _fake_noise_mse_backward,
