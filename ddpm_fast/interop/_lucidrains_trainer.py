@@ -187,6 +187,7 @@ class Trainer:
             self.best_fid = score
             if self.save_best_and_latest_only:
                 self.save("best")
+                self.save("latest")  # again: what a resumed run has to beat is in it
 
     def _path(self, milestone: int | str) -> Path:
         return self.results_folder / f"model-{milestone}.pt"
