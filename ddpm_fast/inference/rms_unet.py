@@ -166,7 +166,7 @@ class _Reading:
         weight = torch.cat([plain(linear.weight) for linear in self.linears])
         bias = torch.cat([plain(linear.bias) for linear in self.linears])
         mlp = (*_weights(first), *_weights(second))
-        own = copy.deepcopy(features).float()
+        own = copy.deepcopy(features).float().requires_grad_(False)
         frequencies = tuple(parameter.detach() for parameter in own.parameters())  # the same memory
         return TimeTable(weight, bias, own, mlp=mlp, mlp_act="gelu", feature_weights=frequencies)
 
