@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..backends import native as extension
 from .candidate import Candidate, Frame, Place, pixel_stride
-from .network import Attention, Conv, Layer, Linear, Norm, Output, Up
+from .network import Attention, Conv, Layer, Linear, Norm, Output, RMSNorm, Up
 
 ISA_VARIABLE = "DDPM_FAST_CPU_ISA"
 STORED = {torch.bfloat16: "bf16", torch.float32: "f32"}
@@ -96,7 +96,7 @@ class NativeLayer:
     def __init__(self, kind: str, isa: str, layer: Layer, place: Place) -> None:
         self.kind, self.isa, self.layer, self.place = kind, isa, layer, place
         self.packed: Tensor | None = None
-        if not isinstance(layer, (Norm, Attention)):
+        if not isinstance(layer, (Norm, RMSNorm, Attention)):
             self.packed = place.packs.get(layer, (kind, isa), functools.partial(_pack, kind, isa, layer))
         self._own: Run | None = None
 
@@ -109,12 +109,15 @@ class NativeLayer:
             channels = (layer.target.channels, layer.heads, layer.scale)
             program.attention(self.isa, place.n, place.h * place.w, *channels, *source, *target)
             return
+        if isinstance(layer, RMSNorm):
+            columns = _columns(layer)
+            what = (layer.target.channels, layer.eps, *source, layer.weight.data_ptr(), layer.silu, *columns)
+            program.rms_norm(self.isa, *size, *what, *residual, *target)
+            return
         if isinstance(layer, Norm):
-            scale = -1 if layer.modulation is None else layer.modulation
-            shift = -1 if layer.modulation is None else layer.modulation + layer.target.channels
             weights = (layer.weight.data_ptr(), layer.bias.data_ptr())
             channels = (layer.target.channels, layer.groups, layer.eps)
-            program.norm(self.isa, *size, *channels, *source, *weights, layer.silu, scale, shift, *target)
+            program.norm(self.isa, *size, *channels, *source, *weights, layer.silu, *_columns(layer), *target)
             return
         assert self.packed is not None
         out, c = _channels(layer)
@@ -131,6 +134,12 @@ class NativeLayer:
         if self._own is None:
             self._own = Run([self])
         self._own(frame)
+
+
+def _columns(layer: Norm | RMSNorm) -> tuple[int, int]:
+    """The first columns of scale and shift in the time table; -1, -1 for none."""
+    first = layer.modulation
+    return (-1, -1) if first is None else (first, first + layer.target.channels)
 
 
 def _channels(layer: Conv | Up | Linear | Output) -> tuple[int, int]:
