@@ -282,6 +282,42 @@ class TestSampler:
         assert (one - other).abs().max() < 1e-4
 
 
+class TestOfThePackage:
+    """Networks of lucidrains' own class are read as the `RMSNormUNet` that they are."""
+
+    @pytest.fixture
+    def unet(self, lucidrains) -> nn.Module:
+        unet: nn.Module = lucidrains.Unet(**SMALL, self_condition=True).eval()
+        unet.load_state_dict(make_net(self_condition=True).state_dict())
+        return unet
+
+    def test_its_plan_gives_what_it_gives(self, unet) -> None:
+        x, t = inputs(2, (3, 16, 16))
+        fused, condition = inference.compile(unet), torch.tanh(x.flip(3))
+
+        def expected() -> Tensor:
+            with torch.no_grad():
+                return unet(x, t, x_self_cond=condition)  # type: ignore[no-any-return]
+
+        assert relative_error(fused(x, t, x_self_cond=condition), expected()) < 5e-6
+        with torch.no_grad():
+            unet.mid_attn.to_qkv.weight.mul_(2)  # the object itself is watched
+            unet.downs[1][0].block2.norm.g.add_(1)
+        assert relative_error(fused(x, t, x_self_cond=condition), expected()) < 5e-6
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+    def test_its_plan_is_made_in_either_dtype(self, unet, dtype) -> None:
+        """In half precision the package's own network does not run, and is not compared with."""
+        x, t = inputs(2, (3, 8, 8))
+        with torch.no_grad():
+            expected = unet(x, t)
+        assert relative_error(inference.compile(unet, dtype=dtype)(x, t), expected) < 2e-2
+
+    def test_altered_it_is_refused(self, unet) -> None:
+        unet.mid_attn.to_qkv.register_forward_hook(lambda *_: None)
+        assert "mid_attn.to_qkv has forward hooks" in str(inference.unknown_reason(unet))
+
+
 def _hooked() -> RMSNormUNet:
     net = make_net()
     net.mid_attn.to_qkv.register_forward_hook(lambda *_: None)
