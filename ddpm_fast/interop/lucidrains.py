@@ -10,11 +10,13 @@ from __future__ import annotations
 from ..nn import RMSNormUNet as Unet
 from ._lucidrains_diffusion import GaussianDiffusion
 from ._lucidrains_learned import LearnedGaussianDiffusion, WeightedObjectiveGaussianDiffusion
+from ._lucidrains_trainer import Trainer
 from ._lucidrains_unet import from_lucidrains, load_unet
 
 __all__ = [
     "GaussianDiffusion",
     "LearnedGaussianDiffusion",
+    "Trainer",
     "Unet",
     "WeightedObjectiveGaussianDiffusion",
     "from_lucidrains",
