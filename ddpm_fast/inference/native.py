@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..backends import native as extension
 from .candidate import Candidate, Frame, Place, pixel_stride
-from .network import Attention, Conv, Layer, Linear, Norm, Output, Up
+from .network import Attention, Conv, Down, Layer, Linear, LinearAttention, Norm, Output, RMSNorm, Up
 
 ISA_VARIABLE = "DDPM_FAST_CPU_ISA"
 STORED = {torch.bfloat16: "bf16", torch.float32: "f32"}
@@ -61,6 +61,12 @@ class Native:
 
 def candidates(layer: Layer, n: int, h: int, w: int, dtype: torch.dtype, device: torch.device) -> list[Candidate]:
     """What can serve this layer here, in the order in which `deterministic` takes them. h, w: of its source."""
+    if isinstance(layer, (Down, RMSNorm, LinearAttention)) or (
+        isinstance(layer, Attention) and layer.memory is not None
+    ):
+        return []
+    if isinstance(layer, Conv) and layer.weight.shape[-1] != 3:
+        return []
     if device.type != "cpu" or any(count % MULTIPLE for count in _own_channels(layer)):
         return []
     kinds = _kinds(layer, h, w)
@@ -96,7 +102,7 @@ class NativeLayer:
     def __init__(self, kind: str, isa: str, layer: Layer, place: Place) -> None:
         self.kind, self.isa, self.layer, self.place = kind, isa, layer, place
         self.packed: Tensor | None = None
-        if not isinstance(layer, (Norm, Attention)):
+        if isinstance(layer, (Conv, Up, Linear, Output)):
             self.packed = place.packs.get(layer, (kind, isa), functools.partial(_pack, kind, isa, layer))
         self._own: Run | None = None
 
@@ -117,6 +123,7 @@ class NativeLayer:
             program.norm(self.isa, *size, *channels, *source, *weights, layer.silu, scale, shift, *target)
             return
         assert self.packed is not None
+        assert isinstance(layer, (Conv, Up, Linear, Output))
         out, c = _channels(layer)
         what = (self.kind, self.isa, *size, c, out, *source, self.packed.data_ptr(), layer.bias.data_ptr())
         if isinstance(layer, Conv):

@@ -230,8 +230,8 @@ class Network:
     """Layers in the order in which they run, and what they need to know of time.
 
     divisor: H and W of an image must be multiples of it. self_condition: what is convolved first is [x0 of the step
-    before, or zeros | x], side by side; in_channels counts both. Every tensor is float32, contiguous, on one device, and its
-    own: nothing here shares memory with the module that it was read from.
+    before, or zeros | x], side by side; in_channels counts both. Every tensor is float32, contiguous, on one device,
+    and its own: nothing here shares memory with the module that it was read from.
     """
 
     layers: tuple[Layer, ...]
@@ -239,6 +239,11 @@ class Network:
     divisor: int
     time: TimeTable
     self_condition: bool = False
+
+    @property
+    def image_channels(self) -> int:
+        """Channels of x."""
+        return self.in_channels // 2 if self.self_condition else self.in_channels
 
     @property
     def out_channels(self) -> int:
