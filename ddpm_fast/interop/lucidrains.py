@@ -1,13 +1,24 @@
-"""Drop-in classes for lucidrains' denoising_diffusion_pytorch 2.3: the same names, signatures and files.
+"""Drop-in classes for lucidrains' denoising_diffusion_pytorch 2.3, which need not be installed.
 
-    from ddpm_fast.interop.lucidrains import GaussianDiffusion
+    from ddpm_fast.interop.lucidrains import Unet, GaussianDiffusion
 
-The package itself is not needed.
+The same names, signatures, defaults, state-dict keys and files, computed by ddpm_fast.
 """
 
 from __future__ import annotations
 
+from ..nn import RMSNormUNet as Unet
 from ._lucidrains_diffusion import GaussianDiffusion
 from ._lucidrains_learned import LearnedGaussianDiffusion, WeightedObjectiveGaussianDiffusion
+from ._lucidrains_load import load_diffusion
+from ._lucidrains_unet import from_lucidrains, load_unet
 
-__all__ = ["GaussianDiffusion", "LearnedGaussianDiffusion", "WeightedObjectiveGaussianDiffusion"]
+__all__ = [
+    "GaussianDiffusion",
+    "LearnedGaussianDiffusion",
+    "Unet",
+    "WeightedObjectiveGaussianDiffusion",
+    "from_lucidrains",
+    "load_diffusion",
+    "load_unet",
+]
