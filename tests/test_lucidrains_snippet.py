@@ -95,7 +95,7 @@ def test_everything_is_made_as_printed(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names = run(str(pictures(tmp_path / "train", 100, size=130)), {}, training=False)
     diffusion, trainer = names["diffusion"], names["trainer"]
-    assert sum(parameter.numel() for parameter in names["model"].parameters()) == 35_711_171
+    assert sum(parameter.numel() for parameter in names["model"].parameters()) == 35_711_491
     assert (diffusion.image_size, diffusion.loss_type) == ((128, 128), "l1")
     assert (diffusion.num_timesteps, diffusion.sampling_timesteps, diffusion.is_ddim_sampling) == (1000, 250, True)
     assert (trainer.batch_size, trainer.gradient_accumulate_every, trainer.train_num_steps) == (8, 2, 10000)

@@ -61,9 +61,7 @@ class Native:
 
 def candidates(layer: Layer, n: int, h: int, w: int, dtype: torch.dtype, device: torch.device) -> list[Candidate]:
     """What can serve this layer here, in the order in which `deterministic` takes them. h, w: of its source."""
-    if isinstance(layer, (Down, RMSNorm, LinearAttention)) or (
-        isinstance(layer, Attention) and layer.memory is not None
-    ):
+    if isinstance(layer, (Down, LinearAttention)) or (isinstance(layer, Attention) and layer.memory is not None):
         return []
     if isinstance(layer, Conv) and layer.weight.shape[-1] != 3:
         return []
@@ -115,12 +113,15 @@ class NativeLayer:
             channels = (layer.target.channels, layer.heads, layer.scale)
             program.attention(self.isa, place.n, place.h * place.w, *channels, *source, *target)
             return
+        if isinstance(layer, RMSNorm):
+            columns = _columns(layer)
+            scaled = (layer.eps, *source, layer.weight.data_ptr(), layer.silu, *columns)
+            program.rms_norm(self.isa, *size, layer.target.channels, *scaled, *residual, *target)
+            return
         if isinstance(layer, Norm):
-            scale = -1 if layer.modulation is None else layer.modulation
-            shift = -1 if layer.modulation is None else layer.modulation + layer.target.channels
             weights = (layer.weight.data_ptr(), layer.bias.data_ptr())
             channels = (layer.target.channels, layer.groups, layer.eps)
-            program.norm(self.isa, *size, *channels, *source, *weights, layer.silu, scale, shift, *target)
+            program.norm(self.isa, *size, *channels, *source, *weights, layer.silu, *_columns(layer), *target)
             return
         assert self.packed is not None
         assert isinstance(layer, (Conv, Up, Linear, Output))
@@ -138,6 +139,12 @@ class NativeLayer:
         if self._own is None:
             self._own = Run([self])
         self._own(frame)
+
+
+def _columns(layer: Norm | RMSNorm) -> tuple[int, int]:
+    """The first columns of scale and shift in the time table; -1, -1 for none."""
+    first = layer.modulation
+    return (-1, -1) if first is None else (first, first + layer.target.channels)
 
 
 def _channels(layer: Conv | Up | Linear | Output) -> tuple[int, int]:

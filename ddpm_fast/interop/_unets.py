@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ..nn import DDPMUNet
 from ..nn.ddpm_blocks import OLD_ATTENTION
+from ..nn.ddpm_config import OWN
 from ._weights import State, check_state, read_json, read_weights, write_weights
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -25,7 +26,7 @@ Module = TypeVar("Module", bound=nn.Module)
 CLASS = "UNet2DModel"
 
 DEFAULTS: dict[str, Any] = {
-    **{name: argument.default for name, argument in inspect.signature(DDPMUNet).parameters.items()},
+    **{name: arg.default for name, arg in inspect.signature(DDPMUNet).parameters.items() if name not in OWN},
     "sample_size": None,
     "freq_shift": 0,
     "flip_sin_to_cos": True,
@@ -74,6 +75,17 @@ def unet_arguments(config: Mapping[str, Any], source: object = "config") -> dict
     return {**DEFAULTS, **given}
 
 
+def _their_config(net: DDPMUNet) -> dict[str, Any]:
+    """The network's arguments without notes; ValueError where one is not diffusers'."""
+    for name in OWN:
+        if name in net.config:
+            raise ValueError(
+                f"diffusers' {CLASS} has no {name}, which is {net.config[name]!r} here, and cannot express this network; "
+                "keep it as a state dict, or with ddpm_fast.interop.openai.to_openai as an OpenAI checkpoint"
+            )
+    return {name: value for name, value in net.config.items() if not name.startswith("_")}
+
+
 def from_diffusers(unet: nn.Module) -> DDPMUNet:
     """A `DDPMUNet` with copies of the weights of a diffusers `UNet2DModel`: dtype, device, mode and all.
 
@@ -90,7 +102,7 @@ def from_diffusers(unet: nn.Module) -> DDPMUNet:
 def to_diffusers(net: DDPMUNet) -> Any:
     """A diffusers `UNet2DModel` with copies of the weights: dtype, device, mode and all.
 
-    Raises ImportError without diffusers, ValueError where it is too old for an option of this network.
+    Raises ImportError without diffusers, ValueError where it has no words for an option of this network.
     """
     if not isinstance(net, DDPMUNet):
         raise TypeError(f"net must be a DDPMUNet, got {type(net).__name__}")
@@ -99,7 +111,7 @@ def to_diffusers(net: DDPMUNet) -> Any:
     except ImportError as error:
         raise ImportError(f"to_diffusers needs diffusers ({error}): pip install ddpm_fast[diffusers]") from None
     known = inspect.signature(UNet2DModel.__init__).parameters
-    config = {name: value for name, value in net.config.items() if not name.startswith("_")}
+    config = _their_config(net)
     for name, value in config.items():
         if name not in known and value != DEFAULTS[name]:
             raise ValueError(f"this diffusers knows no {name}, which is {value!r} here; install a newer one")
@@ -143,14 +155,16 @@ def save_unet(
 ) -> None:
     """Writes config.json and weights that `load_unet` and diffusers' `UNet2DModel.from_pretrained` read.
 
-    safe_serialization=False writes .bin with torch.save. The folder is made where it is missing.
+    safe_serialization=False writes .bin with torch.save. The folder is made where it is missing. ValueError for options
+    that diffusers has not.
     """
     if not isinstance(net, DDPMUNet):
         raise TypeError(f"net must be a DDPMUNet, got {type(net).__name__}")
+    config = _their_config(net)
     path = Path(folder)
     path.mkdir(parents=True, exist_ok=True)
     write_weights(net.state_dict(), path, variant=variant, safe=safe_serialization)
-    text = json.dumps({"_class_name": CLASS, **net.config}, indent=2, sort_keys=True)
+    text = json.dumps({"_class_name": CLASS, **config}, indent=2, sort_keys=True)
     (path / "config.json").write_text(text + "\n", encoding="utf-8")
 
 

@@ -205,9 +205,9 @@ void Convolution::finish(const Run& run, int64_t first, int64_t count, const Gro
     const int64_t y = window / columns_ * 2, x = window % columns_ * 2;
     f.m = m + i * width * (direct ? 4 : 1);
     if (ends_.temb_column >= 0) {
-      f.temb = run.time_table + run.time_rows[n * run.time_rows_stride] * run.columns + ends_.temb_column + channel;
-      if (run.label_table != nullptr)
-        f.label = run.label_table + run.label_rows[n] * run.columns + ends_.temb_column + channel;
+      f.temb = run.times(n) + ends_.temb_column + channel;
+      f.label = run.labels(n);
+      if (f.label != nullptr) f.label += ends_.temb_column + channel;
     }
     for (int64_t q = 0; q < 4; ++q) {
       const int64_t row = y + q / 2, column = x + q % 2;

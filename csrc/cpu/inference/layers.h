@@ -20,6 +20,12 @@ struct Run {
   const float* label_table = nullptr;  // optional
   const int64_t* label_rows = nullptr;
   int64_t columns = 0;  // of both tables
+
+  // An image's row of the time table, and of the label table: null where there is none.
+  const float* times(int64_t image) const { return time_table + time_rows[image * time_rows_stride] * columns; }
+  const float* labels(int64_t image) const {
+    return label_table == nullptr ? nullptr : label_table + label_rows[image] * columns;
+  }
 };
 
 // Pixels (n, y, x) of a channels-last buffer with `stride` channels each; data points at the slice's first channel.
