@@ -117,9 +117,9 @@ class NativeLayer:
         source, target, residual = _where(place.source), _where(place.target), _where(place.residual)
         channels = 0 if isinstance(layer, Output) else layer.target.channels
         match layer:
-            case Attention() | LinearAttention():
-                heads = (channels, layer.heads, layer.scale)
-                program.attention(self.isa, place.n, place.h * place.w, *heads, *source, *target)
+            case Attention():
+                what = (channels, layer.heads, layer.scale, *_memory(layer))
+                program.attention(self.isa, place.n, place.h * place.w, *what, *source, *target)
             case RMSNorm():
                 affine = (layer.weight.data_ptr(), layer.silu, *_columns(layer))
                 program.rms_norm(self.isa, *size, channels, layer.eps, *source, *affine, *residual, *target)
@@ -156,6 +156,14 @@ def _columns(layer: Norm | RMSNorm) -> tuple[int, int]:
     """The first columns of scale and shift in the time table; -1, -1 for none."""
     first = layer.modulation
     return (-1, -1) if first is None else (first, first + layer.target.channels)
+
+
+def _memory(layer: Attention | LinearAttention) -> tuple[int, int, int]:
+    """Where the memory's keys and values are, and how many tokens it has; zeros for none."""
+    if layer.memory is None:
+        return (0, 0, 0)
+    keys, values = layer.memory
+    return keys.data_ptr(), values.data_ptr(), keys.shape[-1 if isinstance(layer, LinearAttention) else -2]
 
 
 def _channels(layer: Product) -> tuple[int, int]:
