@@ -95,7 +95,7 @@ def from_diffusers(unet: nn.Module) -> DDPMUNet:
         raise TypeError(f"unet must be a diffusers {CLASS}, got {type(unet).__name__}")
     config: Any = unet.config
     net = build_unet(unet_arguments(config), unet.state_dict(), f"the {CLASS}")
-    _same_flags(unet, net)
+    same_flags(unet, net)
     return net
 
 
@@ -117,8 +117,8 @@ def to_diffusers(net: DDPMUNet) -> Any:
             raise ValueError(f"this diffusers knows no {name}, which is {value!r} here; install a newer one")
     with torch.device("meta"):
         unet: Any = UNet2DModel(**{name: value for name, value in config.items() if name in known})
-    _fill(unet, net.state_dict(), "the DDPMUNet")
-    _same_flags(net, unet)
+    fill(unet, net.state_dict(), "the DDPMUNet")
+    same_flags(net, unet)
     return unet
 
 
@@ -147,7 +147,7 @@ def load_unet(
     except (ValueError, TypeError) as error:
         raise ValueError(f"{source}: {error}") from None
     state, file = read_weights(path, variant)
-    return _fill(expected, new_keys(state), file, dtype=dtype, device=device).eval()
+    return fill(expected, new_keys(state), file, dtype=dtype, device=device).eval()
 
 
 def save_unet(
@@ -170,7 +170,7 @@ def save_unet(
 
 def build_unet(arguments: Mapping[str, Any], state: Mapping[str, Tensor], source: object) -> DDPMUNet:
     """A DDPMUNet of these arguments with copies of these tensors, each in its own dtype and on its own device."""
-    return _fill(_bare(arguments), new_keys(state), source)
+    return fill(_bare(arguments), new_keys(state), source)
 
 
 def fill_unet(
@@ -191,7 +191,7 @@ def _bare(arguments: Mapping[str, Any]) -> DDPMUNet:
         return DDPMUNet(**arguments)
 
 
-def _fill(
+def fill(
     net: Module,
     state: Mapping[str, Tensor],
     source: object,
@@ -210,7 +210,7 @@ def _fill(
     return net
 
 
-def _same_flags(source: nn.Module, target: nn.Module) -> None:
+def same_flags(source: nn.Module, target: nn.Module) -> None:
     """Training mode and requires_grad as in `source`."""
     target.train(source.training)
     wanted = {key: parameter.requires_grad for key, parameter in source.named_parameters()}

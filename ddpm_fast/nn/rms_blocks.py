@@ -8,7 +8,8 @@ once for all blocks. Both attentions return their result plus x.
 from __future__ import annotations
 
 import math
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -41,7 +42,8 @@ class Sinusoids(nn.Module):
 class FourierFeatures(nn.Module):
     """t -> (N, dim + 1): [t, sin a_i, cos a_i], a_i = 2 pi w_i t, w_i ~ N(0, 1), learned or fixed.
 
-    At least float32, however the weights are kept: t = 999 is no bfloat16 number.
+    Computed in float32 at least, and casts of a module to half precision leave the weights in it: rounded to bfloat16,
+    they would turn the last of a thousand timesteps by whole periods.
     """
 
     def __init__(self, dim: int, learned: bool) -> None:
@@ -52,6 +54,17 @@ class FourierFeatures(nn.Module):
         t = t[:, None].to(torch.promote_types(torch.float32, t.dtype))
         angles = t * self.weights.to(torch.promote_types(torch.float32, self.weights.dtype)) * 2 * math.pi
         return torch.cat([t.to(angles.dtype), torch.sin(angles), torch.cos(angles)], dim=1)
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> FourierFeatures:
+        exact = self.weights.detach()
+        super()._apply(fn, recurse)
+        weights = self.weights
+        if weights.dtype.itemsize < 4:
+            exact = exact.to(weights.device, torch.float32)
+            gradient, weights.grad = weights.grad, None  # of the other dtype, it would be in the way
+            weights.data = exact
+            weights.grad = None if gradient is None else gradient.float()
+        return self
 
 
 class RMSNorm(nn.Module):
@@ -76,7 +89,7 @@ class RMSNorm(nn.Module):
 
 
 class Block(nn.Module):
-    """dropout(SiLU(norm(conv(x)) (1 + scale) + shift)) + residual: the half of a residual block."""
+    """SiLU(norm(conv(x)) (1 + scale) + shift), then dropout or + residual: the first or second half of a block."""
 
     def __init__(self, in_channels: int, out_channels: int, dropout: float = 0.0) -> None:
         super().__init__()
@@ -87,10 +100,8 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None, residual: Tensor | None = None
     ) -> Tensor:
-        if residual is None:
-            y: Tensor = self.dropout(self.norm(self.proj(x), scale, shift, act="silu"))
-            return y
-        return self.norm(self.proj(x), scale, shift, residual, act="silu")
+        y: Tensor = self.norm(self.proj(x), scale, shift, residual, act="silu")
+        return self.dropout(y) if residual is None else y
 
 
 class ResnetBlock(nn.Module):

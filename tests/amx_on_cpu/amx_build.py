@@ -95,7 +95,7 @@ def checks(folder: Path) -> tuple[Path, Path]:
     emulated = [INFERENCE / "isa_amx_bf16.cpp", HERE / "check_bounds.cpp"]
     plain = [
         INFERENCE / f"{name}.cpp"
-        for name in ("attention", "convolution", "ends", "isa_plain", "norm", "pack", "program")
+        for name in ("attention", "convolution", "ends", "isa_plain", "norm", "pack", "program", "rms_norm")
     ]
     plain += [INFERENCE.parent / "parallel.cpp", HERE / "check_program.cpp"]
 

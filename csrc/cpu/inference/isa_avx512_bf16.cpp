@@ -6,6 +6,7 @@
 #include "attend.h"
 #include "gemm_bf16.h"
 #include "normalise.h"
+#include "pixel_norm.h"
 #include "table.h"
 #include "transforms.h"
 

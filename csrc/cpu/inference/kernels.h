@@ -66,6 +66,20 @@ struct Normalise {
   bool silu = false;
 };
 
+// y = act(x / max(|x|, eps) scale + shift) + residual, where |x| is the root of the sum of squares over a pixel's
+// channels; y may be x or the residual.
+struct PixelNorm {
+  const void* source = nullptr;
+  void* target = nullptr;
+  const void* residual = nullptr;  // optional
+  int64_t source_stride = 0, target_stride = 0, residual_stride = 0;
+  int64_t pixels = 0, panels = 0;
+  float eps = 0;
+  const float* scale = nullptr;
+  const float* shift = nullptr;  // optional
+  bool silu = false;
+};
+
 // Rows in memory as the b of a Gemm: b[k, j] is source[j][k] (pack_columns) or source[k][j] (pack_rows), and zero where
 // the source has no such row or element.
 struct Operand {
@@ -120,6 +134,7 @@ struct Kernels {
   void (*to_float)(const void* source, int64_t count, float* target);
   void (*moments)(const Moments&);
   void (*normalise)(const Normalise&);
+  void (*normalise_pixels)(const PixelNorm&);
   void (*pack_columns)(const Operand&);
   void (*pack_rows)(const Operand&);
   void (*softmax)(const Softmax&);

@@ -24,6 +24,7 @@
         to_float,                                                                                                      \
         moments,                                                                                                       \
         normalise,                                                                                                     \
+        normalise_pixels,                                                                                              \
         pack_columns,                                                                                                  \
         pack_rows,                                                                                                     \
         softmax,                                                                                                       \
