@@ -92,8 +92,6 @@ def _kinds(layer: Layer, h: int, w: int) -> list[str]:
             return [] if h % 2 or w % 2 else ["down"]
         case LinearAttention():
             return []
-        case Attention() if layer.memory is not None:
-            return []
         case Output():
             return ["output" if layer.weight.shape[-1] == 1 else "output3x3"]
         case _:
