@@ -116,7 +116,9 @@ class OpenAIUNet(nn.Module):
             return Residual(before, after, time_dim, dropout, scale_shift, change)
 
         def attention(channels, heads):
-            return SelfAttention(channels, heads if num_head_channels == -1 else channels // num_head_channels, new_order)
+            return SelfAttention(
+                channels, heads if num_head_channels == -1 else channels // num_head_channels, new_order
+            )
 
         c = width(multipliers[0])
         self.input_blocks = nn.ModuleList([nn.ModuleList([nn.Conv2d(in_channels, c, 3, padding=1)])])

@@ -151,7 +151,9 @@ def shape_of(config: Mapping[str, Any]) -> Shape:
             raise ValueError(f"OpenAI's {CLASS} has no {name}={config[name]!r}, only {value!r}")
     attention = tuple(block.startswith("Attn") for block in config["down_block_types"])
     if attention != tuple(block.startswith("Attn") for block in reversed(config["up_block_types"])):
-        raise ValueError(f"OpenAI's {CLASS} has attention on the same levels on both ways, not {config['up_block_types']}")
+        raise ValueError(
+            f"OpenAI's {CLASS} has attention on the same levels on both ways, not {config['up_block_types']}"
+        )
     ways = [("down", level) for level in range(last)] + [("up", level) for level in range(1, last + 1)]
     updown = {resamples(config, way, level) for way, level in ways}
     if len(updown) > 1:
@@ -272,7 +274,9 @@ def check_names(flags: Mapping[str, Any]) -> None:
                 raise ValueError(f"{name}={value!r} is not covered, only {UNCOVERED[name]!r}")
         elif name not in MODEL_FLAGS and name not in DIFFUSION_FLAGS:
             known = ", ".join((*MODEL_FLAGS, *DIFFUSION_FLAGS))
-            raise ValueError(f"{name!r} is no flag of improved- or guided-diffusion that is covered; covered are {known}")
+            raise ValueError(
+                f"{name!r} is no flag of improved- or guided-diffusion that is covered; covered are {known}"
+            )
 
 
 def heads_of(flags: Mapping[str, Any]) -> Heads:
