@@ -123,12 +123,14 @@ void program_rms_norm(
 
 void program_attention(
     Program& program, const std::string& isa, int64_t n, int64_t tokens, int64_t channels, int64_t heads, double scale,
-    Address source, int64_t source_stride, Address target, int64_t target_stride
+    Address memory_keys, Address memory_values, int64_t memory_tokens, Address source, int64_t source_stride,
+    Address target, int64_t target_stride
 ) {
   program.add(
       std::make_unique<Attention>(
           kernels_named(isa), Attention::Sizes{n, tokens, channels, heads}, scale,
-          Place{pointer<void>(source), source_stride}, Place{pointer<void>(target), target_stride}
+          Attention::Memory{pointer<float>(memory_keys), pointer<float>(memory_values), memory_tokens},
+          place(source, source_stride), place(target, target_stride)
       )
   );
 }

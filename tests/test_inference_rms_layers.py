@@ -1,10 +1,13 @@
-"""RMSNorm, linear attention and attention with memory tokens of the CPU layers against float64, for every instruction
-set that can be used here.
+"""The CPU layers of lucidrains' U-Net against float64, for every instruction set that can be used here: RMSNorm, 2x2
+and 7x7 convolutions, linear attention, attention with memory tokens.
 
 Layers run through `_C.Program` as in a plan, on slices of wider buffers with guard values around what they write.
 """
 
 from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -24,11 +27,15 @@ from torch import Tensor
 
 from ddpm_fast.backends import native as extension
 from ddpm_fast.inference import native
+from ddpm_fast.inference.candidate import Frame, Packs, Place
+from ddpm_fast.inference.network import Buffer, Conv, Down, Layer, Slice
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="the extension has no inference layers here")
 
 # A bfloat16 is off by 2^-9 at most, half of that on average; two roundings where a residual is added in place.
 NORM_TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 2.5e-3}
+
+ATTENTION_TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 3.5e-3}  # the probabilities are rounded, too
 
 
 class Norm:
@@ -127,6 +134,166 @@ class TestNorm:
         assert torch.equal(alone, expected[:1])
 
 
+def ran(layer: Layer, isa: str, x: Tensor | None, y: Tensor, run: Frame, size: tuple[int, int]) -> None:
+    """The layer's only kind for this instruction set, from x (None: the image) to y."""
+    kinds = {one.kind for one in native.candidates(layer, y.shape[0], *size, y.dtype, torch.device("cpu"))}
+    assert len(kinds) == 1
+    place = Place(y.shape[0], *size, y.dtype, torch.device("cpu"), x, y, None, COLUMNS, Packs())
+    native.Native(kinds.pop(), isa).prepare(layer, place)(run)
+
+
+def frame(n: int, x: Tensor) -> Frame:
+    tables = Tables(n, labels=False)
+    return Frame(x, torch.empty_like(x), tables.time, tables.rows)
+
+
+@contextlib.contextmanager
+def torch_threads(count: int) -> Iterator[None]:
+    """So many threads inside."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+class Attend:
+    """An attention layer with memory tokens; qkv: [n, tokens, 3 c] slice, memory: [2, heads, tokens, c / heads]."""
+
+    def __init__(self, heads: int, memory: Tensor) -> None:
+        self.heads, self.memory, self.scale = heads, memory, memory.shape[-1] ** -0.5
+
+    def run(self, isa: str, qkv: Tensor, y: Tensor, threads: int = 1) -> Tensor:
+        n, tokens, c = y.shape
+        program, (keys, values) = extension._C.Program(COLUMNS), self.memory
+        what = (n, tokens, c, self.heads, self.scale, keys.data_ptr(), values.data_ptr(), keys.shape[1])
+        program.attention(isa, *what, qkv.data_ptr(), qkv.stride(1), y.data_ptr(), y.stride(1))
+        Tables(n, labels=False).run(program, threads)
+        return y
+
+    def exact(self, qkv: Tensor) -> Tensor:
+        n, tokens, c = qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3
+        q, k, v = qkv.double().reshape(n, tokens, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        keys, values = (part.to(qkv.dtype).double().expand(n, *part.shape) for part in self.memory)
+        k, v = torch.cat([keys, k], 2), torch.cat([values, v], 2)
+        scores = q @ k.transpose(2, 3) * self.scale
+        return (scores.softmax(-1) @ v).transpose(1, 2).reshape(n, tokens, c)
+
+
+@pytest.mark.parametrize("isa", DTYPES)
+class TestAttentionWithMemory:
+    @pytest.mark.parametrize(
+        ("n", "tokens", "c", "heads", "memory"),
+        [
+            (1, 1, 16, 1, 4),
+            (2, 16, 128, 4, 4),
+            (3, 37, 48, 2, 5),  # 24 channels a head
+            (1, 256, 64, 2, 4),  # one block of keys
+            (1, 270, 64, 2, 4),  # two
+            (2, 3, 32, 1, 300),  # the memory alone is more than a block
+            (1, 40, 16, 2, 1),
+        ],
+    )
+    def test_matches_float64(self, isa, n, tokens, c, heads, memory) -> None:
+        attend = Attend(heads, random(2, heads, memory, c // heads, seed=6))
+        source, qkv = slice_of(random(n, tokens, 3 * c, seed=4, dtype=DTYPES[isa]), before=2, after=0)
+        target, y = slice_of(torch.zeros(n, tokens, c, dtype=DTYPES[isa]), before=6, after=2)
+        exact = attend.exact(qkv)
+        attend.run(isa, qkv, y)
+        assert relative_error(y, exact) < ATTENTION_TOLERANCE[DTYPES[isa]]
+        assert guards_hold(target, y)
+        assert guards_hold(source, qkv)
+        for threads in (2, 3):
+            assert torch.equal(attend.run(isa, qkv, torch.empty_like(y), threads), y)
+        assert torch.equal(attend.run(isa, qkv[:1], torch.empty_like(y[:1])), y[:1])
+
+    def test_scores_far_beyond_what_exponentials_hold(self, isa) -> None:
+        attend = Attend(2, random(2, 2, 4, 16, seed=6) * 100)
+        qkv = random(1, 20, 96, seed=4, dtype=DTYPES[isa]) * 100
+        got = attend.run(isa, qkv, output_of(qkv))
+        assert relative_error(got, attend.exact(qkv)) < 2 * ATTENTION_TOLERANCE[DTYPES[isa]]
+
+    def test_new_values_in_the_memory_are_used(self, isa) -> None:
+        """Weights are rewritten in place."""
+        attend, tables = Attend(1, random(2, 1, 4, 16, seed=6)), Tables(1, labels=False)
+        qkv = random(1, 5, 48, seed=4, dtype=DTYPES[isa])
+        program, y = extension._C.Program(COLUMNS), output_of(qkv)
+        memory = (attend.memory[0].data_ptr(), attend.memory[1].data_ptr(), 4)
+        program.attention(isa, 1, 5, 16, 1, attend.scale, *memory, qkv.data_ptr(), 48, y.data_ptr(), 16)
+        for seed in (6, 7):
+            attend.memory.copy_(random(2, 1, 4, 16, seed=seed))
+            tables.run(program, 1)
+            assert relative_error(y, attend.exact(qkv)) < ATTENTION_TOLERANCE[DTYPES[isa]]
+
+
+def output_of(qkv: Tensor) -> Tensor:
+    return qkv.new_empty(*qkv.shape[:2], qkv.shape[2] // 3)
+
+
+@pytest.mark.parametrize("isa", DTYPES)
+class TestDown:
+    @pytest.mark.parametrize(
+        ("n", "h", "w", "c", "out"),
+        [(1, 2, 2, 16, 16), (3, 6, 10, 48, 80), (2, 16, 32, 64, 128), (1, 4, 4, 32, 272), (5, 2, 4, 80, 48)],
+    )
+    def test_matches_float64(self, isa, n, h, w, c, out) -> None:
+        dtype = DTYPES[isa]
+        weight = (random(out, c, 2, 2, seed=1) * (4 * c) ** -0.5).to(dtype).float()
+        bias, part = random(out, seed=2), Slice(Buffer("any", c, 0), 0, c)
+        layer = Down("down", weight, bias, part, Slice(Buffer("any", out, 1), 0, out))
+        source, x = slice_of(random(n, h, w, c, seed=3, dtype=dtype))
+        exact = F.conv2d(x.permute(0, 3, 1, 2).double(), weight.double(), bias.double(), stride=2).permute(0, 2, 3, 1)
+        target, y = slice_of(torch.zeros(n, h // 2, w // 2, out, dtype=dtype), before=16, after=40)
+        first = None
+        for count in (1, 2, 3):
+            with torch_threads(count):
+                ran(layer, isa, x, y, frame(n, random(n, 3, h, w, seed=4)), (h, w))
+            assert relative_error(y, exact) < NORM_TOLERANCE[dtype]
+            assert first is None or torch.equal(y, first)
+            first = y.clone()
+        assert guards_hold(target, y)
+        assert guards_hold(source, x)
+
+
+@pytest.mark.parametrize("isa", DTYPES)
+class TestStem:
+    """The 7x7 convolution of the image."""
+
+    @pytest.mark.parametrize(
+        ("n", "h", "w", "c", "out"),
+        [
+            (1, 1, 1, 3, 16),
+            (2, 5, 7, 3, 48),
+            (1, 32, 32, 6, 64),
+            (3, 8, 4, 1, 32),
+            (1, 3, 40, 4, 80),
+            (2, 16, 18, 2, 16),
+        ],
+    )
+    @pytest.mark.parametrize(("silu", "timed"), [(False, False), (True, True)])
+    def test_matches_float64(self, isa, n, h, w, c, out, silu, timed) -> None:
+        dtype = DTYPES[isa]
+        weight = (random(out, c, 7, 7, seed=1) * (49 * c) ** -0.5).to(dtype).float()
+        bias, part = random(out, seed=2), Slice(Buffer("any", out, 0), 0, out)
+        layer = Conv("stem", weight, bias, None, part, silu, temb=SCALE_COLUMN if timed else None)
+        x = random(n, c, h, w, seed=3)
+        exact = F.conv2d(x.to(dtype).double(), weight.double(), bias.double(), padding=3)
+        exact = (F.silu(exact) if silu else exact).permute(0, 2, 3, 1)
+        if timed:
+            exact = exact + Tables(n, labels=False).columns(SCALE_COLUMN, out)[:, None, None]
+        target, y = slice_of(torch.zeros(n, h, w, out, dtype=dtype), before=16, after=40)
+        kept, first = x.clone(), None
+        for count in (1, 2, 3):
+            with torch_threads(count):
+                ran(layer, isa, None, y, frame(n, x), (h, w))
+            assert relative_error(y, exact) < NORM_TOLERANCE[dtype]
+            assert first is None or torch.equal(y, first)
+            first = y.clone()
+        assert guards_hold(target, y)
+        assert torch.equal(x, kept)
+
+
 class TestBadInput:
     @staticmethod
     def norm(*, n=1, h=2, w=2, c=32, eps=1e-12, columns=(-1, -1)) -> None:
@@ -145,6 +312,20 @@ class TestBadInput:
     def test_norm(self, arguments, message) -> None:
         with pytest.raises(ValueError, match=message):
             self.norm(**arguments)
+
+    def test_memory_needs_its_tokens(self) -> None:
+        isa = next(iter(DTYPES))
+        for keys, values, tokens in ((0, 8, 4), (8, 0, 4), (8, 8, -1)):
+            with pytest.raises(ValueError, match=f"memory needs keys, values and a number of tokens, got {tokens} tok"):
+                extension._C.Program(0).attention(isa, 1, 4, 32, 2, 1.0, keys, values, tokens, 0, 96, 0, 32)
+
+    def test_down_needs_even_sizes(self) -> None:
+        isa = next(iter(DTYPES))
+        with pytest.raises(ValueError, match="kind down needs an even height and width, got 3x2"):
+            extension._C.Program(COLUMNS).pixelwise("down", isa, 1, 3, 2, 16, 16, 0, 16, 0, 0, 0, 16, 0, 0)
+        part = Slice(Buffer("any", 16, 0), 0, 16)
+        layer = Down("down", random(16, 16, 2, 2, seed=1), random(16, seed=2), part, part)
+        assert native.candidates(layer, 1, 3, 2, torch.float32, torch.device("cpu")) == []
 
     def test_what_fits_is_taken(self) -> None:
         self.norm()

@@ -37,7 +37,7 @@ _OTHERS = {
     "null_classes_emb": "the Unet of classifier_free_guidance.py, which is not covered",
     "classes_emb.": "the Unet of classifier_free_guidance.py, which is not covered",
     "input_block.": "a KarrasUnet, which is not covered",
-    "downs.0.2.fn.": "an older version's, which has other layers and is not covered",
+    "downs.0.2.fn.": "a Unet1D or a Unet of an older version, which are not covered",
 }
 """How keys of other classes begin, and whose they are."""
 
@@ -74,13 +74,12 @@ def from_lucidrains(unet: nn.Module) -> RMSNormUNet:
         raise ValueError("the Unet was altered: it has another forward")
     source, state = "the Unet", unet.state_dict()
     given: dict[str, Any] = {name: getattr(unet, name) for name in ("channels", "self_condition", "out_dim")}
-    time = _part(unet, "time_mlp.0")
-    if hasattr(time, "theta"):
-        given["sinusoidal_pos_emb_theta"] = time.theta
+    if "time_mlp.0.weights" in state:
+        given["random_fourier_features"] = not _setting(unet, "time_mlp.0", "weights").requires_grad
     else:
-        given["random_fourier_features"] = not time.weights.requires_grad
-    given["dropout"] = _part(unet, "mid_block1.block1.dropout").p
-    given["flash_attn"] = _part(unet, "mid_attn.attend").flash
+        given["sinusoidal_pos_emb_theta"] = _setting(unet, "time_mlp.0", "theta")
+    given["dropout"] = _setting(unet, "mid_block1.block1.dropout", "p")
+    given["flash_attn"] = _setting(unet, "mid_attn.attend", "flash")
     net = _build(unet_arguments(state, source, **given), state, source)
     _check_parts(unet, net)
     same_flags(unet, net)
@@ -223,6 +222,13 @@ def _part(unet: nn.Module, name: str) -> Any:
         return unet.get_submodule(name)
     except AttributeError:
         raise ValueError(f"the Unet was altered: {name} is missing") from None
+
+
+def _setting(unet: nn.Module, name: str, attribute: str) -> Any:
+    part = _part(unet, name)
+    if not hasattr(part, attribute):
+        raise ValueError(f"the Unet was altered: {name} is a {type(part).__name__}, which has no {attribute}")
+    return getattr(part, attribute)
 
 
 def _check_parts(unet: nn.Module, net: RMSNormUNet) -> None:

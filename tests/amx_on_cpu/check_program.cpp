@@ -130,7 +130,7 @@ Floats attention_result(const Kernels& kernels, const Attention::Sizes& s, int t
   Program program(0);
   program.add(
       std::make_unique<Attention>(
-          kernels, s, 0.5, Place{source.data(), 3 * s.channels}, Place{target.data(), s.channels}
+          kernels, s, 0.5, Attention::Memory{}, Place{source.data(), 3 * s.channels}, Place{target.data(), s.channels}
       )
   );
   program.run(Run{}, threads);
