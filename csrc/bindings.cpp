@@ -205,6 +205,56 @@ void group_norm_silu_backward(
   launch<GroupNormSiluArgs>(args, device, stream, DDPM_FAST_LAUNCHERS(group_norm_silu_backward));
 }
 
+// What forward and backward pass alike.
+RmsNormSiluArgs rms_norm_silu_args(
+    const Shape& shape, const Array& h, const Array& weight, bool weight_per_sample, const Array& beta,
+    bool beta_per_sample, float eps, bool silu
+) {
+  RmsNormSiluArgs args;
+  args.shape = shape;
+  args.h = h;
+  args.weight = weight;
+  args.weight_per_sample = weight_per_sample;
+  args.beta = beta;
+  args.beta_per_sample = beta_per_sample;
+  args.eps = eps;
+  args.silu = silu;
+  return args;
+}
+
+void rms_norm_silu(
+    int device, Address stream, int64_t n, int64_t channels, int64_t inner, bool channels_last, Address h, int h_dtype,
+    Address weight, int weight_dtype, bool weight_per_sample, Address beta, int beta_dtype, bool beta_per_sample,
+    float eps, bool silu, Address residual, Address y
+) {
+  RmsNormSiluArgs args = rms_norm_silu_args(
+      shape_of(n, channels, inner, channels_last), array(h, h_dtype), array(weight, weight_dtype), weight_per_sample,
+      array(beta, beta_dtype), beta_per_sample, eps, silu
+  );
+  args.residual = array(residual, h_dtype);
+  args.y = array(y, h_dtype);
+  launch<RmsNormSiluArgs>(args, device, stream, DDPM_FAST_LAUNCHERS(rms_norm_silu));
+}
+
+void rms_norm_silu_backward(
+    int device, Address stream, int64_t n, int64_t channels, int64_t inner, bool channels_last, Address h, int h_dtype,
+    Address weight, int weight_dtype, bool weight_per_sample, Address beta, int beta_dtype, bool beta_per_sample,
+    float eps, bool silu, Address g, int g_dtype, Address g_h, Address d_weight, Address d_beta, int64_t parts,
+    Address workspace
+) {
+  RmsNormSiluArgs args = rms_norm_silu_args(
+      shape_of(n, channels, inner, channels_last), array(h, h_dtype), array(weight, weight_dtype), weight_per_sample,
+      array(beta, beta_dtype), beta_per_sample, eps, silu
+  );
+  args.g = array(g, g_dtype);
+  args.g_h = array(g_h, h_dtype);
+  args.d_weight = pointer<float>(d_weight);
+  args.d_beta = pointer<float>(d_beta);
+  args.parts = parts;
+  args.workspace = pointer<float>(workspace);
+  launch<RmsNormSiluArgs>(args, device, stream, DDPM_FAST_LAUNCHERS(rms_norm_silu_backward));
+}
+
 void ddpm_step(
     int device, Address stream, int64_t n, int64_t channels, int64_t inner, bool channels_last, Address x, Address m,
     int m_dtype, Address m_uncond, int m_uncond_dtype, Address guidance, Address table, Address t_of_row, int64_t steps,
@@ -320,6 +370,8 @@ PYBIND11_MODULE(DDPM_FAST_MODULE_NAME, m) {
   m.def("add_bias_temb_backward", &ddpm_fast::add_bias_temb_backward);
   m.def("group_norm_silu", &ddpm_fast::group_norm_silu);
   m.def("group_norm_silu_backward", &ddpm_fast::group_norm_silu_backward);
+  m.def("rms_norm_silu", &ddpm_fast::rms_norm_silu);
+  m.def("rms_norm_silu_backward", &ddpm_fast::rms_norm_silu_backward);
   m.def("ddpm_step", &ddpm_fast::ddpm_step);
   m.def("noise_mse", &ddpm_fast::noise_mse);
   m.def("noise_mse_backward", &ddpm_fast::noise_mse_backward);

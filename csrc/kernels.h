@@ -106,6 +106,24 @@ struct GroupNormSiluArgs {
   int64_t group_channels() const { return shape.channels / groups; }
 };
 
+// rms_norm_silu, forward and backward. weight and beta are [channels] or, with *_per_sample, [n, channels].
+struct RmsNormSiluArgs {
+  Shape shape;
+  Array h;
+  Array weight, beta;  // both optional
+  bool weight_per_sample = false, beta_per_sample = false;
+  bool silu = false;
+  float eps = 0.0f;
+  Array residual;  // forward; optional; an image in h's dtype
+  Array y;         // forward
+  Array g;         // backward
+  Array g_h;       // backward; optional
+  float *d_weight = nullptr,
+        *d_beta = nullptr;     // backward, [n, channels]: sums of g_u xhat and of g_u; both or neither
+  int64_t parts = 1;           // CUDA, backward: into how many parts the places of a sample are cut for these sums
+  float* workspace = nullptr;  // CUDA, parts > 1: [n, parts, channels, 2] floats
+};
+
 struct DdpmStepArgs {
   Shape shape;
   float* x = nullptr;  // in place
@@ -151,6 +169,8 @@ Status add_bias_temb_cpu(const AddBiasTembArgs& args, int threads);
 Status add_bias_temb_backward_cpu(const AddBiasTembBackwardArgs& args, int threads);
 Status group_norm_silu_cpu(const GroupNormSiluArgs& args, int threads);
 Status group_norm_silu_backward_cpu(const GroupNormSiluArgs& args, int threads);
+Status rms_norm_silu_cpu(const RmsNormSiluArgs& args, int threads);
+Status rms_norm_silu_backward_cpu(const RmsNormSiluArgs& args, int threads);
 Status ddpm_step_cpu(const DdpmStepArgs& args, int threads);
 Status noise_mse_cpu(const NoiseMseArgs& args, int threads);
 Status noise_mse_backward_cpu(const NoiseMseArgs& args, int threads);
@@ -164,6 +184,8 @@ Status add_bias_temb_cuda(const AddBiasTembArgs& args, int device, void* stream)
 Status add_bias_temb_backward_cuda(const AddBiasTembBackwardArgs& args, int device, void* stream);
 Status group_norm_silu_cuda(const GroupNormSiluArgs& args, int device, void* stream);
 Status group_norm_silu_backward_cuda(const GroupNormSiluArgs& args, int device, void* stream);
+Status rms_norm_silu_cuda(const RmsNormSiluArgs& args, int device, void* stream);
+Status rms_norm_silu_backward_cuda(const RmsNormSiluArgs& args, int device, void* stream);
 Status ddpm_step_cuda(const DdpmStepArgs& args, int device, void* stream);
 Status noise_mse_cuda(const NoiseMseArgs& args, int device, void* stream);
 Status noise_mse_backward_cuda(const NoiseMseArgs& args, int device, void* stream);

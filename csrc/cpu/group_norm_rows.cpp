@@ -4,28 +4,11 @@
 // only matters below 1e-36.
 #include "group_norm_rows.h"
 
+#include "row_sums.h"
+#include "silu_rows.h"
+
 namespace ddpm_fast {
 namespace {
-
-// exp(-v) for |v| <= 87.3 (further out, that of the bound), where the power of two is a normal number.
-constexpr float kBound = 87.3f;
-DDPM_FAST_HD float exp_of_minus(float v) {
-  const ExpParts e = exp_parts(v > kBound ? -kBound : -v);
-  return e.p * pow2(e.n);
-}
-DDPM_FAST_HD float bounded(float v) { return v < -kBound ? -kBound : v; }
-
-// v / (1 + exp(-v)) within 3 ulp down to v = -87.3, and -1e-36 below
-DDPM_FAST_HD float silu_of(float v) {
-  const float w = bounded(v);
-  return w / (1.0f + exp_of_minus(w));
-}
-
-// s (1 + v (1 - s)) with s = 1 / (1 + exp(-v))
-DDPM_FAST_HD float silu_gradient_of(float v) {
-  const float w = bounded(v), e = exp_of_minus(w), s = 1.0f / (1.0f + e);
-  return s * (1.0f + w * (e * s));
-}
 
 template <bool kAcross, bool kSilu>
 DDPM_FAST_HD void normalize(const FloatRows& h, const Coefficients& c, const StoreRows& y, const Rows& rows) {
@@ -68,18 +51,7 @@ pull_back(const FloatRows& g_u, const FloatRows& h, const Coefficients& c, const
 
 // ---- sums ----
 
-// The sum of the lanes, as a tree, left in the first.
-template <int kLanes>
-DDPM_FAST_HD void fold(float* lanes) {
-  if constexpr (kLanes > 1) {
-    for (int j = 0; j < kLanes / 2; ++j)
-      lanes[j] += lanes[j + kLanes / 2];
-    fold<kLanes / 2>(lanes);
-  }
-}
-
-// What is summed of each element: kSums values added to `to`, kLanes apart. Sums over a piece are taken in float32, in
-// lanes of at most 64 elements each, and sums of pieces in float64.
+// What row_sums.h sums of each element.
 struct Values {  // h
   static constexpr int kSums = 1;
   FloatRows h;
@@ -111,53 +83,6 @@ struct GradientSums {  // g_u, g_u d and d, with d = h - offset
     to[2 * kLanes] += d;
   }
 };
-
-// sums[k][row] += the sums over each row
-template <int kLanes, typename Terms>
-DDPM_FAST_HD void sum_along(const Terms& terms, double* const* sums, int64_t rows, int64_t length) {
-  for (int64_t r = 0; r < rows; ++r) {
-    float lanes[Terms::kSums * kLanes] = {};
-    int64_t i = 0;
-    for (; i + kLanes <= length; i += kLanes) {
-      for (int j = 0; j < kLanes; ++j)
-        terms.template add<kLanes>(lanes + j, r, i + j, r);
-    }
-    for (int j = 0; i + j < length; ++j)
-      terms.template add<kLanes>(lanes + j, r, i + j, r);
-    for (int k = 0; k < Terms::kSums; ++k) {
-      fold<kLanes>(lanes + k * kLanes);
-      sums[k][r] += static_cast<double>(lanes[k * kLanes]);
-    }
-  }
-}
-
-// sums[k][column] += the sums over kLanes columns (or the first `width` of them), from the first row to the last
-template <int kLanes, bool kAll, typename Terms>
-DDPM_FAST_HD void sum_columns(const Terms& terms, double* const* sums, int64_t rows, int64_t first, int width) {
-  float lanes[Terms::kSums * kLanes] = {};
-  const int columns = kAll ? kLanes : width;
-  for (int64_t r = 0; r < rows; ++r) {
-    for (int j = 0; j < columns; ++j)
-      terms.template add<kLanes>(lanes + j, r, first + j, first + j);
-  }
-  for (int k = 0; k < Terms::kSums; ++k) {
-    for (int j = 0; j < columns; ++j)
-      sums[k][first + j] += static_cast<double>(lanes[k * kLanes + j]);
-  }
-}
-
-template <typename Terms>
-DDPM_FAST_HD void sum_rows(const Terms& terms, double* const* sums, const Rows& rows, bool across) {
-  constexpr int kNarrow = 16, kWide = 32;
-  if (!across && rows.length < 2 * kWide) return sum_along<kNarrow>(terms, sums, rows.count, rows.length);
-  if (!across) return sum_along<kWide>(terms, sums, rows.count, rows.length);
-  int64_t i = 0;
-  for (; i + kWide <= rows.length; i += kWide)
-    sum_columns<kWide, true>(terms, sums, rows.count, i, kWide);
-  for (; i + kNarrow <= rows.length; i += kNarrow)
-    sum_columns<kNarrow, true>(terms, sums, rows.count, i, kNarrow);
-  if (i < rows.length) sum_columns<kNarrow, false>(terms, sums, rows.count, i, static_cast<int>(rows.length - i));
-}
 
 }  // namespace
 

@@ -16,8 +16,8 @@ from ddpm_fast import noise as spec
 from ddpm_fast.backends.layout import Layout, Staged
 from ddpm_fast.backends.native_norm import group_norm_silu as group_norm_silu
 from ddpm_fast.backends.native_norm import group_norm_silu_backward as group_norm_silu_backward
-from ddpm_fast.backends.reference_rms_norm import rms_norm_silu as rms_norm_silu
-from ddpm_fast.backends.reference_rms_norm import rms_norm_silu_backward as rms_norm_silu_backward
+from ddpm_fast.backends.native_rms_norm import rms_norm_silu as rms_norm_silu
+from ddpm_fast.backends.native_rms_norm import rms_norm_silu_backward as rms_norm_silu_backward
 
 _C: Any = None
 _import_error: str | None = None
