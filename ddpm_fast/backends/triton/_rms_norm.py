@@ -16,20 +16,21 @@ from torch import Tensor
 from ddpm_fast.backends.layout import Layout
 
 from . import _math
-from .launch import INTERPRETED, check_size, float_bits, power_of_two
+from .launch import check_size, float_bits, power_of_two
 
-ELEMENTS = 2048
-"""Elements of a tile on a GPU: 4 warps x 16, two 128-bit accesses of a half-width type a thread or four of float32."""
+INTERPRETED = _math.INTERPRETED
 
-ELEMENTS_OF_THREAD = 16
-"""More of them only in tiles that 8 warps do not suffice for."""
+ELEMENTS, MAX_WARPS = 2048, 16
+"""Elements of a tile on a GPU where they suffice for the channels, and warps of a program where they do not."""
 
 INTERPRETED_ELEMENTS = 1 << 17
 """In the interpreter, where a program costs the same whatever its size. Tests lower it."""
 
-LEAST_PLACES, PLACES = 8, 32
-"""Contiguous: places side by side in a tile, at least, for fewer are less than a sector of memory; and where the
-channels come in runs."""
+LEAST_PLACES = 8
+"""Contiguous: places side by side in a tile, at least, for fewer are less than a sector of memory."""
+
+RUN_PLACES, RUN_OF_THREAD = 32, 8
+"""Where channels come in runs: contiguous places of a tile, and elements of a thread; with more, registers spill."""
 
 PARTS, MAX_TILES = 64, 8
 """Backward: a program has several tiles, up to so many, where each sample still makes so many programs, for a program's
@@ -66,6 +67,9 @@ def over_channels(x, LAST: tl.constexpr):
 @triton.jit
 def over_places(x, LAST: tl.constexpr):
     """The sums over the places of a tile, which keeps its axes."""
+    if LAST and INTERPRETED and x.shape[0] >= 32:
+        # NumPy adds rows one after the other, where the threads of a GPU add them as a tree.
+        x = tl.sum(tl.reshape(x, [x.shape[0] // 16, 16, x.shape[1]]), axis=1)
     return tl.sum(x, axis=0)[None, :] if LAST else tl.sum(x, axis=1)[:, None]
 
 
@@ -95,24 +99,25 @@ def affine(weight_ptr, beta_ptr, row, c, channels, W_ROWS: tl.constexpr, B_ROWS:
 class Blocks:
     """How the places of samples divide among programs: ``args``, ``constants`` and ``grid`` of both kernels.
 
-    largest: elements of a tile, at most, that a thread's registers have room for; sums: programs write sums.
+    of_thread: elements that a thread's registers have room for; sums: programs write sums.
     """
 
-    def __init__(self, layout: Layout, largest: int, eps: float, *, sums: bool = False) -> None:
+    def __init__(self, layout: Layout, of_thread: int, eps: float, *, sums: bool = False) -> None:
         check_size(layout)
         channels, inner = layout.channels, layout.inner
         # Vectors (N, C) have one place: taken as channels_last, their channels are read in one run.
         last = layout.channels_last or inner == 1
-        usual = ELEMENTS
-        if INTERPRETED:
+        usual, largest = ELEMENTS, 32 * MAX_WARPS * of_thread
+        if INTERPRETED.value:
             usual = largest = INTERPRETED_ELEMENTS
         width, places = power_of_two(channels), power_of_two(inner)
         least = 1 if last else min(LEAST_PLACES, places)
         if width * least <= largest:
             block_c, block_p = width, min(max(usual // width, least), places)
         else:
-            block_p = min(1 if last else PLACES, places, usual)
+            block_p = min(1 if last else RUN_PLACES, places, usual)
             block_c = usual // block_p
+            of_thread = RUN_OF_THREAD
         tiles = -(-inner // block_p)
         # The sums of channels that come in runs are not kept from tile to tile.
         together = max(1, min(MAX_TILES, tiles // PARTS)) if sums and block_c == width else 1
@@ -131,7 +136,7 @@ class Blocks:
             "BLOCK_C": block_c,
             "BLOCK_P": block_p,
             "LAST": last,
-            "num_warps": max(1, min(8, block_c * block_p // (32 * ELEMENTS_OF_THREAD))),
+            "num_warps": max(1, min(MAX_WARPS, block_c * block_p // (32 * of_thread))),
         }
 
 

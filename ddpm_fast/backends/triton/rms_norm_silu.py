@@ -10,8 +10,8 @@ from ddpm_fast.backends.layout import Layout, Staged
 from . import _math, _rms_norm
 from .launch import launch
 
-LARGEST = 8192
-"""Elements of a tile, at most: 8 warps x 32."""
+OF_THREAD = 16
+"""Elements: two 128-bit accesses of a half-width type, or four of float32."""
 
 
 @triton.jit
@@ -89,7 +89,7 @@ def rms_norm_silu(
     y = torch.empty_like(h)
     if h.numel() == 0:
         return y
-    blocks = _rms_norm.Blocks(layout, LARGEST, eps)
+    blocks = _rms_norm.Blocks(layout, OF_THREAD, eps)
     parameters, rows = _rms_norm.parameters(weight, beta)
     staged = Staged(y, layout)
     launch(

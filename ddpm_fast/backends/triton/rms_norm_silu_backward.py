@@ -10,8 +10,8 @@ from ddpm_fast.backends.layout import Layout, Staged
 from . import _math, _rms_norm
 from .launch import launch
 
-LARGEST = 4096
-"""Elements of a tile, at most: 8 warps x 16, of h, g and both sums."""
+OF_THREAD = 8
+"""Elements, of h and g each, beside as many of both sums."""
 
 
 @triton.jit
@@ -138,7 +138,7 @@ def rms_norm_silu_backward(
         )
         return g_h, d_weight, d_beta
     sums = need_weight or need_beta
-    blocks = _rms_norm.Blocks(layout, LARGEST, eps, sums=sums)
+    blocks = _rms_norm.Blocks(layout, OF_THREAD, eps, sums=sums)
     parameters, rows = _rms_norm.parameters(weight, beta)
     staged = Staged(g_h, layout) if need_h else None
     parts = [
