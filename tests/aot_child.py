@@ -184,9 +184,7 @@ def cases() -> Iterator[Case]:
             yield Case("group_norm_silu_backward", lambda d=dtype: norm_backward(d), *both, [size] * 4, [size])
             # Once each: h and what is added, or g and h.
             yield Case("rms_norm_silu", lambda d=dtype: rms_norm(d), *both, [size] * 2, [size])
-            yield Case(
-                "rms_norm_silu_backward", lambda d=dtype: rms_norm(d, backward=True), *both, [size] * 2, [size]
-            )
+            yield Case("rms_norm_silu_backward", lambda d=dtype: rms_norm(d, backward=True), *both, [size] * 2, [size])
     # What comes once is compiled once: other formats and options.
     small = meta(*IMAGES, dtype=torch.bfloat16)
     byte = meta(*IMAGES, dtype=torch.uint8)
