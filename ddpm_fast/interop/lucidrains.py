@@ -10,6 +10,7 @@ from __future__ import annotations
 from ..nn import RMSNormUNet as Unet
 from ._lucidrains_diffusion import GaussianDiffusion
 from ._lucidrains_learned import LearnedGaussianDiffusion, WeightedObjectiveGaussianDiffusion
+from ._lucidrains_load import load_diffusion
 from ._lucidrains_trainer import Trainer
 from ._lucidrains_unet import from_lucidrains, load_unet
 
@@ -20,5 +21,6 @@ __all__ = [
     "Unet",
     "WeightedObjectiveGaussianDiffusion",
     "from_lucidrains",
+    "load_diffusion",
     "load_unet",
 ]
