@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import random
 
 import diffusers
 import pytest
@@ -325,6 +326,7 @@ def test_the_packages_diffusion_trains_and_samples_ours(lucidrains, theirs):
     for network in (model, from_lucidrains(model)):
         diffusion = lucidrains.GaussianDiffusion(network, image_size=8, timesteps=10)
         torch.manual_seed(1)
+        random.seed(1)  # 0.13: conditioned on its own estimate
         loss = diffusion(images)
         loss.backward()
         with torch.no_grad():
