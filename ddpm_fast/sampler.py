@@ -58,6 +58,8 @@ class Sampler:
         eps, fixed_large, no clip, eta 0.
     time_scale: "index" tells the model t as it is, "rescaled" t * 1000 / T in float32.
     null_label: the label that means "none" for guidance; default model.null_label.
+    self_condition: call `model(x, t[, labels], x_self_cond=...)` with the x0 of the row before, clipped as that row
+        clipped it, zeros at the first (Chen et al. 2022, arXiv 2208.04202); default model.self_condition, else False.
     shape: the shape of one sample, (C, H, W) or (D,); default from the model where it says so.
     dtype: what the model is fed: float32, bfloat16, float16, float64; default the dtype of its parameters. The state
         stays float32.
@@ -69,11 +71,11 @@ class Sampler:
         instead; False never captures. A captured model's Python runs once and its kernels every step, so a model whose
         Python decides something from step to step needs False. Weights are read in place: new values loaded into them
         are seen, and weights that move are noticed. At most 4 graphs are kept; `clear_graphs` frees them.
-    fused: run a network that `ddpm_fast.inference` knows (`UNet`, `DDPMUNet`, diffusers' `UNet2DModel`) by its fused
-        plan: `dtype` is then what the plan computes in (float32, bfloat16, float16), and the network is fed the float32
-        state. The first run of a batch and image size spends seconds on a trial. Any other model runs as it is: the
-        property `fused` says whether there is a plan, `not_fused_because` why not. Weights that changed are read again
-        at every run.
+    fused: run a network that `ddpm_fast.inference` knows (our U-Nets, diffusers' `UNet2DModel`, lucidrains' `Unet`) by
+        its fused plan: `dtype` is then what the plan computes in (float32, bfloat16, float16), and the network is fed
+        the float32 state. The first run of a batch and image size spends seconds on a trial. Any other model runs as it
+        is: the property `fused` says whether there is a plan, `not_fused_because` why not. Weights that changed are
+        read again at every run.
     """
 
     def __init__(
@@ -96,6 +98,7 @@ class Sampler:
         like: str | None = None,
         time_scale: str | None = None,
         null_label: int | Tensor | None = None,
+        self_condition: bool | None = None,
         shape: int | Sequence[int] | None = None,
         fused: bool = False,
         dtype: torch.dtype | None = None,
@@ -130,6 +133,11 @@ class Sampler:
             time_scale=time_scale,
         )
         self.null_label, self.shape, self.dtype, self.deterministic = null_label, shape, dtype, deterministic
+        if self_condition is None:
+            self_condition = attribute(model, "self_condition") is True
+        if not isinstance(self_condition, bool):
+            raise TypeError(f"self_condition must be True, False or None, got {self_condition!r}")
+        self.self_condition = self_condition
         self.device = None if device is None else _indexed(torch.device(device))
         if chunk is None and deterministic:
             chunk = DEFAULT_CHUNK
@@ -231,7 +239,8 @@ class Sampler:
             in `last_seed`, None with generator.
         labels: an int, n ints, or a tensor (n,); guidance w: m = m_none + w (m_labels - m_none), in one pass over 2n.
         x, start: the state to start from, and how many rows it has behind it: x alone is x_T; both resume a run.
-        x0_prev: the x0 of row start - 1, which method "dpmsolver++" needs too; see `Step.state`.
+        x0_prev: the x0 of row start - 1, which method "dpmsolver++" and a self-conditioned model need too; see
+            `Step.state`.
         noise: the steps' normals instead of the seed's: a tensor (len(sampler), n, *shape) or, from row `start` on,
             (len(sampler) - start, n, *shape); or a function (row, t) -> tensor (n, *shape). The last row uses none.
         generator: a torch.Generator, or a list of n, instead of seed and noise: x_T and then the noise of each row that
@@ -304,7 +313,7 @@ class Sampler:
         device = self._device(x)
         self._loops.check(device)
         state = start_state(x, start, n, sizes, device)
-        history = history_of(x0_prev, self.choices.steps, start, n, sizes, device)
+        history = history_of(x0_prev, self.choices.steps, self.self_condition, start, n, sizes, device)
         source, draw = given_noise(noise, start, len(self), n, sizes, device), None
         if generator is not None:
             if seed is not None or noise is not None or first_sample:
@@ -362,7 +371,7 @@ class Sampler:
                 )
                 dtype = torch.float32
             variance = self.choices.variance if self.choices.twice_the_channels else None
-            asked = (self.choices.thresholding, compiled, variance, self.choices.method)
+            asked = (self.choices.thresholding, compiled, variance, self.choices.method, self.self_condition)
             self._plans[key] = Plan(self.model, steps, t_model, dtype, *asked)
         return self._plans[key]
 

@@ -10,6 +10,7 @@ from unet_configs import OPTIONS, SMALL, config_of, inputs_of
 
 import ddpm_fast
 from ddpm_fast.nn import DDPMUNet
+from ddpm_fast.nn.ddpm_config import OWN
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -108,7 +109,7 @@ def test_defaults_are_the_papers_network():
 
 def test_config_builds_the_network_again():
     net = DDPMUNet(**config_of("three_levels"))
-    assert list(net.config) == list(inspect.signature(DDPMUNet).parameters)
+    assert [*net.config, *OWN] == list(inspect.signature(DDPMUNet).parameters)
     again = DDPMUNet(**net.config)
     again.load_state_dict(net.state_dict())
     assert again.config == net.config
@@ -116,6 +117,26 @@ def test_config_builds_the_network_again():
     assert DDPMUNet(**config_of("classes")).num_classes == 5
     listed = DDPMUNet(**{**SMALL, "block_out_channels": [8, 16], "sample_size": [8, 16]})
     assert (listed.config["block_out_channels"], listed.sample_size) == ((8, 16), (8, 16))
+
+
+def test_heads_by_number_and_sinusoids_of_another_length():
+    """Against heads by their size, and against the sinusoids by their formula."""
+    by_size = DDPMUNet(**SMALL).eval()  # heads of 4 of 16 channels
+    by_number = DDPMUNet(**{**SMALL, **HEADS, "num_attention_heads": 4}).eval()
+    by_number.load_state_dict(by_size.state_dict())
+    x, t, _ = inputs_of(SMALL)
+    with torch.no_grad():
+        assert torch.equal(by_number(x, t), by_size(x, t))
+    heads = DDPMUNet(**{**SMALL, **HEADS, "num_attention_heads": (4, 2)})
+    assert heads.config["num_attention_heads"] == (4, 2)
+    found = [(name[:4], part.heads) for name, part in heads.named_modules() if hasattr(part, "heads")]
+    assert set(found) == {("down", 4), ("mid_", 4), ("up_b", 2)}
+
+    net = DDPMUNet(**{**SMALL, "time_proj_dim": 12, "time_embedding_dim": 20})
+    assert net.time_embedding.linear_1.weight.shape == (20, 12)
+    angles = t[:, None] * 10000.0 ** (-torch.arange(6) / 6)
+    torch.testing.assert_close(net.time_proj(t), torch.cat([angles.cos(), angles.sin()], dim=1), atol=2e-4, rtol=0)
+    assert DDPMUNet(**net.config).config == net.config
 
 
 @pytest.mark.parametrize("t", [7, torch.tensor(7), torch.tensor([7]), torch.tensor(7.0), 7.0])
@@ -220,6 +241,9 @@ def test_sampler_knows_shape_and_labels():
     assert bool(guided.isfinite().all())
 
 
+HEADS = {"attention_head_dim": None}
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -234,6 +258,12 @@ def test_sampler_knows_shape_and_labels():
         ({"norm_num_groups": None}, "norm_num_groups must be an int, got None"),
         ({"attn_norm_num_groups": 5}, "attn_norm_num_groups must divide"),
         ({"attention_head_dim": 32}, "attention_head_dim must be at most 16"),
+        ({"num_attention_heads": 2}, "num_attention_heads=2 and attention_head_dim=4 exclude each other"),
+        ({**HEADS, "num_attention_heads": 3}, "must divide the channels of every attention, got 3 of 16"),
+        ({**HEADS, "num_attention_heads": (2, 3)}, "must divide the channels of every attention, got 3 of 16"),
+        ({**HEADS, "num_attention_heads": (2, 2, 2)}, "must be an int or two, for the ways down and up"),
+        ({**HEADS, "num_attention_heads": 0}, "num_attention_heads must be at least 1"),
+        ({"time_proj_dim": 0}, "time_proj_dim must be at least 1"),
         ({"downsample_padding": 2}, "downsample_padding must be one of 0, 1, got 2"),
         ({"downsample_type": "fir"}, "downsample_type must be one of"),
         ({"upsample_type": None}, "upsample_type must be one of"),

@@ -9,6 +9,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 from inference_models import relative_error
+from inference_programs import (
+    COLUMNS,
+    DTYPES,
+    SCALE_COLUMN,
+    SHIFT_COLUMN,
+    Tables,
+    guards_hold,
+    random,
+    slice_of,
+)
 from torch import Tensor
 
 from ddpm_fast.backends import native as extension
@@ -16,49 +26,9 @@ from ddpm_fast.inference import native
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="the extension has no inference layers here")
 
-DTYPES = {isa: dtype for dtype in (torch.float32, torch.bfloat16) for isa in native.isas(dtype)}
 # A bfloat16 is off by 2^-9 at most, half of that on average; attention also rounds the probabilities.
 NORM_TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 2.5e-3}
 ATTENTION_TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 3.5e-3}
-GUARD = 55.0
-COLUMNS, SCALE_COLUMN, SHIFT_COLUMN = 640, 16, 320
-
-
-def random(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
-
-
-class Tables:
-    """Time and label tables, and which rows of them n images have."""
-
-    def __init__(self, n: int, labels: bool) -> None:
-        self.time, self.rows = random(5, COLUMNS, seed=7) / 4, torch.tensor([(3 * i + 1) % 5 for i in range(n)])
-        self.label = random(4, COLUMNS, seed=8) / 4 if labels else None
-        self.label_rows = (self.rows + 1) % 4
-
-    def columns(self, first: int, count: int) -> Tensor:
-        """Those of every image, float64 [n, count]."""
-        both = self.time.double()[self.rows]
-        if self.label is not None:
-            both = both + self.label.double()[self.label_rows]
-        return both[:, first : first + count]
-
-    def run(self, program, threads: int) -> None:
-        label, rows = (0, 0) if self.label is None else (self.label.data_ptr(), self.label_rows.data_ptr())
-        program.run(0, 0, self.time.data_ptr(), self.rows.data_ptr(), label, rows, threads)
-
-
-def slice_of(values: Tensor, before: int = 8, after: int = 24) -> tuple[Tensor, Tensor]:
-    """A buffer [..., before + channels + after] of guard values, and its slice with `values`."""
-    buffer = torch.full((*values.shape[:-1], before + values.shape[-1] + after), GUARD, dtype=values.dtype)
-    part = buffer[..., before : before + values.shape[-1]]
-    part.copy_(values)
-    return buffer, part
-
-
-def guards_hold(buffer: Tensor, part: Tensor) -> bool:
-    first = part.storage_offset()
-    return bool((buffer[..., :first] == GUARD).all() and (buffer[..., first + part.shape[-1] :] == GUARD).all())
 
 
 class Norm:
@@ -177,7 +147,7 @@ class Attend:
         n, tokens, c = y.shape
         program = extension._C.Program(COLUMNS)
         source, target = (qkv.data_ptr(), qkv.stride(1)), (y.data_ptr(), y.stride(1))
-        program.attention(isa, n, tokens, c, self.heads, self.scale_of(c), *source, *target)
+        program.attention(isa, n, tokens, c, self.heads, self.scale_of(c), 0, 0, 0, *source, *target)
         Tables(n, labels=False).run(program, threads)
         return y
 
@@ -269,7 +239,7 @@ class TestBadInput:
     @staticmethod
     def attention(*, n=1, tokens=4, c=32, heads=2, scale=1.0) -> None:
         isa = next(iter(DTYPES))
-        extension._C.Program(COLUMNS).attention(isa, n, tokens, c, heads, scale, 0, 3 * c, 0, c)
+        extension._C.Program(COLUMNS).attention(isa, n, tokens, c, heads, scale, 0, 0, 0, 0, 3 * c, 0, c)
 
     @pytest.mark.parametrize(
         ("arguments", "message"),

@@ -36,7 +36,7 @@ def assert_same_state(got, expected):
 def test_defaults_are_diffusers():
     signature = inspect.signature(UNet2DModel.__init__).parameters
     assert {name: p.default for name, p in signature.items() if name != "self"} == _unets.DEFAULTS
-    assert list(inspect.signature(DDPMUNet).parameters) == [name for name in signature if name != "self"]
+    assert list(inspect.signature(DDPMUNet).parameters) == [*(n for n in signature if n != "self"), *_unets.OWN]
 
 
 @pytest.mark.parametrize("name", OPTIONS)
@@ -57,6 +57,16 @@ def test_there_and_back_bit_for_bit(name):
     x, t, labels = inputs_of(config_of(name))
     with torch.no_grad():
         assert torch.equal(back(x, t, labels).sample, model(x, t, labels).sample)
+
+
+def test_what_diffusers_has_not_is_named(tmp_path):
+    for own in ({"num_attention_heads": 2, "attention_head_dim": None}, {"time_proj_dim": 12}):
+        net = DDPMUNet(**{**SMALL, **own})
+        with pytest.raises(ValueError, match=f"UNet2DModel has no {next(iter(own))}.*to_openai"):
+            to_diffusers(net)
+        with pytest.raises(ValueError, match=f"UNet2DModel has no {next(iter(own))}"):
+            save_unet(net, tmp_path / "folder")
+    assert not (tmp_path / "folder").exists()
 
 
 def without_prefix(config):

@@ -54,6 +54,18 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "upsample_type": "resnet",
         "resnet_time_scale_shift": "scale_shift",
     },
+    "resnet_everywhere": {
+        "down_block_types": ("ResnetDownsampleBlock2D", "ResnetDownsampleBlock2D"),
+        "up_block_types": ("ResnetUpsampleBlock2D", "ResnetUpsampleBlock2D"),
+    },
+    "resnet_beside_attention": {
+        "block_out_channels": (8, 12, 16),
+        "down_block_types": ("ResnetDownsampleBlock2D", "AttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "AttnUpBlock2D", "ResnetUpsampleBlock2D"),
+        "downsample_type": "resnet",
+        "upsample_type": "resnet",
+        "resnet_time_scale_shift": "scale_shift",
+    },
     "one_head": {"attention_head_dim": None},
     "head_remainder": {"attention_head_dim": 5},  # 16 channels: 3 heads of 5
     "attention_first": ATTENTION_FIRST,

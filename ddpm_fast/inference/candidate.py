@@ -24,7 +24,8 @@ from .network import Layer
 class Frame:
     """What one run of a plan is given, besides its own static buffers. Every field may change from run to run.
 
-    x: the images, float32 (n, C, h, w) contiguous. out: where m goes, likewise, with its own channels.
+    x: the images, float32 (n, C, h, w) contiguous; of a self-conditioned network [x0 of the step before | images].
+    out: where m goes, likewise, with its own channels.
     time_table: float32 [rows, columns], contiguous, a row per timestep, the embeddings of all blocks side by side.
     time_rows: int64 [n], the row of image i, on the device. label_table, label_rows: the same for what the class of
     image i adds, or both None.
@@ -98,11 +99,11 @@ class Packs:
 class Place:
     """Where a layer works in one plan: n images of h x w pixels, and the static buffers that it reads and writes.
 
-    h, w: of the layer's source; an Up writes 2h x 2w, a Conv that resamples other sizes, too. source, target: views
-    [n, height, width, channels] of channels-last buffers, stride 1 over channels and the BUFFER's channels over pixels,
-    dtype `dtype`. source None: the layer reads frame.x. target None (Output): it writes frame.out. pooled: [n, h/2,
-    w/2, channels], also to be written, or None. columns: of the time table. residual: in the target's shape, to be
-    added, or None.
+    h, w: of the layer's source; an Up writes 2h x 2w, a Down h/2 x w/2, a Conv that resamples other sizes, too.
+    source, target: views [n, height, width, channels] of channels-last buffers, stride 1 over channels and the BUFFER's
+    channels over pixels, dtype `dtype`. source None: the layer reads frame.x. target None (Output): it writes
+    frame.out. pooled: [n, h/2, w/2, channels], also to be written, or None. columns: of the time table. residual: in
+    the target's shape, to be added, or None.
     """
 
     n: int

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .candidate import Bound, Candidate, Frame, Place
 from .library import resampled, stride_of
-from .network import Attention, Layer, Linear, Norm, Output, Up
+from .network import Attention, Conv, Down, Layer, Linear, LinearAttention, Norm, Output, RMSNorm, Up
 
 CHECKED_IMAGES = 8
 # |got - exact| / |exact| over a layer's output. Weights, stored inputs and outputs are rounded once each: far below.
@@ -39,31 +39,57 @@ def exact(layer: Layer, place: Place, frame: Frame, images: Tensor) -> Tensor:
         return view[images].permute(0, 3, 1, 2).to(dtype)
 
     x = frame.x[images].to(dtype) if place.source is None else nchw(place.source)
-    if isinstance(layer, Attention):
-        n, c, h, w = x.shape
-        q, k, v = x.view(n, 3, layer.heads, c // 3 // layer.heads, h * w).transpose(3, 4).unbind(1)
-        y = torch.softmax(q @ k.transpose(2, 3) * layer.scale, dim=-1) @ v
-        return y.transpose(2, 3).reshape(n, c // 3, h, w)
-    weight, bias = layer.weight.to(dtype), layer.bias.to(dtype)
-    if isinstance(layer, Norm):
-        y = F.group_norm(x, layer.groups, weight, bias, layer.eps)
-        if layer.modulation is not None:
-            scale, shift = frame.temb(layer.modulation, 2 * x.shape[1])[images][:, :, None, None].to(dtype).chunk(2, 1)
-            y = y * (1 + scale) + shift
-        return F.silu(y) if layer.silu else y
-    if isinstance(layer, Up):
-        return F.conv_transpose2d(x, weight, bias, stride=2)
-    if isinstance(layer, Output):
-        return F.conv2d(x, weight, bias, padding=weight.shape[-1] // 2)
-    if isinstance(layer, Linear):
-        y = F.conv2d(x, weight[:, :, None, None], bias)
-    else:
-        y = F.conv2d(resampled(x, layer), weight, bias, stride=stride_of(layer), padding=layer.padding)
-        if layer.silu:
-            y = F.silu(y)
-        if layer.temb is not None:
-            y = y + frame.temb(layer.temb, y.shape[1])[images][:, :, None, None]
+    match layer:
+        case Attention() | LinearAttention():
+            return _mixed(layer, x)
+        case Norm() | RMSNorm():
+            y = _normed(layer, x, frame, images)
+        case Up():
+            return F.conv_transpose2d(x, layer.weight.to(dtype), layer.bias.to(dtype), stride=2)
+        case Down():
+            return F.conv2d(x, layer.weight.to(dtype), layer.bias.to(dtype), stride=2)
+        case Output():
+            weight = layer.weight.to(dtype)
+            return F.conv2d(x, weight, layer.bias.to(dtype), padding=weight.shape[-1] // 2)
+        case Linear():
+            y = F.conv2d(x, layer.weight.to(dtype)[:, :, None, None], layer.bias.to(dtype))
+        case Conv():
+            weight, bias = layer.weight.to(dtype), layer.bias.to(dtype)
+            y = F.conv2d(resampled(x, layer), weight, bias, stride=stride_of(layer), padding=layer.padding)
+            if layer.silu:
+                y = F.silu(y)
+            if layer.temb is not None:
+                y = y + frame.temb(layer.temb, y.shape[1])[images][:, :, None, None]
     return y if place.residual is None else y + nchw(place.residual)
+
+
+def _normed(layer: Norm | RMSNorm, x: Tensor, frame: Frame, images: Tensor) -> Tensor:
+    """A norm of x (n, c, h, w), with modulation and activation."""
+    weight = layer.weight.to(x.dtype)
+    if isinstance(layer, Norm):
+        y = F.group_norm(x, layer.groups, weight, layer.bias.to(x.dtype), layer.eps)
+    else:
+        y = F.normalize(x, dim=1, eps=layer.eps) * weight[:, None, None]
+    if layer.modulation is not None:
+        scale, shift = frame.temb(layer.modulation, 2 * x.shape[1])[images][:, :, None, None].to(x.dtype).chunk(2, 1)
+        y = y * (1 + scale) + shift
+    return F.silu(y) if layer.silu else y
+
+
+def _mixed(layer: Attention | LinearAttention, x: Tensor) -> Tensor:
+    """What attention makes of x (n, 3c, h, w)."""
+    n, c, h, w = x.shape
+    # [n, heads, pixels, c / heads] each
+    q, k, v = x.view(n, 3, layer.heads, c // 3 // layer.heads, h * w).transpose(3, 4).unbind(1)
+    if layer.memory is not None:
+        memory = layer.memory.to(x.dtype)
+        keys, values = memory.mT if isinstance(layer, LinearAttention) else memory
+        k, v = torch.cat([keys.expand(n, *keys.shape), k], 2), torch.cat([values.expand(n, *values.shape), v], 2)
+    if isinstance(layer, LinearAttention):
+        y = q.softmax(3) * layer.scale @ (k.softmax(2).mT @ v)
+    else:
+        y = torch.softmax(q @ k.mT * layer.scale, dim=-1) @ v
+    return y.mT.reshape(n, c // 3, h, w)
 
 
 def error(layer: Layer, place: Place, frame: Frame, bound: Bound, expected: Tensor, images: Tensor) -> float:

@@ -31,7 +31,8 @@ MOST_TABLED = 4000
 
 
 class Compiled:
-    """A fused inference plan of a model: call it as `m = compiled(x, t)` or `compiled(x, t, labels)`.
+    """A fused inference plan of a model: call it as `m = compiled(x, t)`, `compiled(x, t, labels)` or, where it is
+    self-conditioned, `compiled(x, t, x_self_cond=x0)`.
 
     Made by `ddpm_fast.inference.compile`, which says what the arguments mean. The model stays the caller's: it is read,
     never written to, and its weights are watched (see `refresh`). Results carry no gradients. Calls from several
@@ -66,12 +67,17 @@ class Compiled:
     @property
     def in_channels(self) -> int:
         """Channels of the images."""
-        return self._network.in_channels
+        return self._network.image_channels
 
     @property
     def out_channels(self) -> int:
         """Channels of what is predicted: as many, or twice, where the model also predicts a variance."""
         return self._network.out_channels
+
+    @property
+    def self_condition(self) -> bool:
+        """Whether calls take the x0 of the step before, as `x_self_cond`."""
+        return self._network.self_condition
 
     @property
     def num_classes(self) -> int | None:
@@ -91,16 +97,17 @@ class Compiled:
 
     # -- running ------------------------------------------------------------------------------------------------------
 
-    def __call__(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
+    def __call__(self, x: Tensor, t: Tensor, labels: Tensor | None = None, x_self_cond: Tensor | None = None) -> Tensor:
         """m = model(x, t, labels): float32 (N, C, H, W), contiguous.
 
         x: (N, C, H, W), any float dtype, on `device`. t: (N,), integer or floating. labels: (N,) int64 or int32.
+        x_self_cond: in x's shape, any float dtype; None for zeros. Only for a model with `self_condition`.
         Raises ValueError for what the model itself would refuse, for a model in training mode, for x on another device
         and for x that requires a gradient.
         """
         with self._lock, torch.inference_mode(False), torch.no_grad():
             self._look(full=False)
-            check_call(self._network, x, labels)
+            check_call(self._network, x, labels, x_self_cond)
             if t.shape != x.shape[:1]:
                 raise ValueError(f"t must have shape ({x.shape[0]},), one per image, got {tuple(t.shape)}")
             if t.dtype == torch.bool or t.is_complex():
@@ -110,19 +117,26 @@ class Compiled:
                 return out
             plan = self.plan(x.shape[0], x.shape[2], x.shape[3])
             if plan.module is not None:
-                return out.copy_(plan.module(x, t, labels))
+                return out.copy_(plan.module(x, t, labels, x_self_cond))
             self._load(plan, labels)
-            plan.run(_plain(x), out, *self._embedded(plan, t.to(x.device)))
+            plan.run(plan.fed(x, x_self_cond), out, *self._embedded(plan, t.to(x.device)))
             return out
 
-    def at_rows(self, x: Tensor, rows: Tensor, labels: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+    def at_rows(
+        self,
+        x: Tensor,
+        rows: Tensor,
+        labels: Tensor | None = None,
+        out: Tensor | None = None,
+        x_self_cond: Tensor | None = None,
+    ) -> Tensor:
         """The same at t = timesteps[rows], whose embeddings were computed beforehand. What a sampling step calls.
 
         rows: int64 [1] or [N], on `device`; nothing waits for it there. out: float32 (N, C, H, W) contiguous, written
         and returned. The weights are looked at by `refresh_if_changed`, which the caller calls once per run.
         """
         with self._lock, torch.inference_mode(False), torch.no_grad():
-            check_call(self._network, x, labels)
+            check_call(self._network, x, labels, x_self_cond)
             table, timesteps = self._check_rows(x, rows)
             shape = self._out_shape(x)
             if out is None:
@@ -134,9 +148,9 @@ class Compiled:
             plan = self.plan(x.shape[0], x.shape[2], x.shape[3])
             plan.rows.copy_(rows)
             if plan.module is not None:
-                return out.copy_(plan.module(x, timesteps.index_select(0, plan.rows), labels))
+                return out.copy_(plan.module(x, timesteps.index_select(0, plan.rows), labels, x_self_cond))
             self._load(plan, labels)
-            plan.run(_plain(x), out, *self._at_rows(plan, table))
+            plan.run(plan.fed(x, x_self_cond), out, *self._at_rows(plan, table))
             return out
 
     def step_at_rows(
@@ -185,7 +199,7 @@ class Compiled:
         plan, time = self.plan(x.shape[0], x.shape[2], x.shape[3]), self._network.time
         if plan.program is None or (labels is not None and labels.dtype != torch.int64) or time.joint:
             return None
-        if m.shape != x.shape:
+        if m.shape != x.shape or self.self_condition:
             return None
         if labels is None and time.null_label is not None:
             labels = torch.full((x.shape[0],), time.null_label, dtype=torch.int64)
@@ -353,10 +367,6 @@ class Compiled:
     def __repr__(self) -> str:
         name = type(self.model).__name__
         return f"Compiled({name}, {self.dtype}, {self.device}, {len(self._plans)} plans)"
-
-
-def _plain(x: Tensor) -> Tensor:
-    return x.detach().to(torch.float32).contiguous()
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

@@ -69,8 +69,10 @@ def listed(
 
 
 def serves(layer: Layer) -> TypeGuard[Conv | Up | Linear | Norm | Output]:
-    """What these kernels compute: no stride of 2, no attention."""
+    """What these kernels compute: no stride of 2, no 7x7, no attention."""
     if isinstance(layer, Conv):
+        if layer.weight.shape[-1] != 3:
+            return False
         return layer.resample == "none" or (layer.resample == "up" and layer.source is not None)
     return isinstance(layer, (Up, Linear, Norm, Output))
 

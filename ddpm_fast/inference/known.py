@@ -9,21 +9,31 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..nn import DDPMUNet, UNet
+from ..nn import DDPMUNet, RMSNormUNet, UNet
 from .ddpm_unet import check_ddpm_unet, ddpm_unet
 from .fold import UnreadableError
 from .network import Network
+from .rms_unet import check_rms_unet, rms_unet
 from .unaltered import check_untouched
 from .unet import check_unet, unet
 
 Check = Callable[[Any], None]
 Reader = Callable[[Any], Network]
-KNOWN: dict[type, tuple[Check, Reader]] = {UNet: (check_unet, unet), DDPMUNet: (check_ddpm_unet, ddpm_unet)}
+KNOWN: dict[type, tuple[Check, Reader]] = {
+    UNet: (check_unet, unet),
+    DDPMUNet: (check_ddpm_unet, ddpm_unet),
+    RMSNormUNet: (check_rms_unet, rms_unet),
+}
 
 # Classes of other packages, by name: what makes one of KNOWN of them, imported when such a model comes along.
 CONVERTED = {
     "diffusers.models.unets.unet_2d.UNet2DModel": ("ddpm_fast.interop._unets", "from_diffusers"),
     "ddpm_fast.interop._unet2d.UNet2DModel": ("ddpm_fast.interop._unets", "from_diffusers"),
+    "ddpm_fast.interop._openai_unet.UNetModel": ("ddpm_fast.interop._openai_unet", "twin"),
+    "denoising_diffusion_pytorch.denoising_diffusion_pytorch.Unet": (
+        "ddpm_fast.interop._lucidrains_unet",
+        "from_lucidrains",
+    ),
 }
 
 

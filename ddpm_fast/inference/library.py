@@ -7,38 +7,25 @@
     gemm                   ConvTranspose2d(2, stride 2) as [pixels, in] x [in, 4 out]; 1x1 layers; the last in float32
     group_norm, attention  our op of that name; scaled_dot_product_attention
 
-Views here are [n, h, w, c]; `_nchw` gives operators their (n, c, h, w).
+Views here are [n, h, w, c]; `nchw` gives operators their (n, c, h, w).
 """
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .. import ops
+from . import library_tokens as tokens
 from .candidate import Bound, Candidate, Frame, Place
-from .network import Attention, Conv, Layer, Linear, Norm, Output, Up
-
-Weighted = Conv | Up | Linear | Output
+from .library_parts import Library, bias_of, nchw, packed, source_of, weight_of
+from .network import Attention, Conv, Down, Layer, Linear, LinearAttention, Norm, Output, RMSNorm, Up
 
 IM2COL_PIXELS = 16  # above, the ninefold copy costs more than the convolution loses
-
-
-@dataclasses.dataclass(frozen=True)
-class Library:
-    """One way to run layers of one kind."""
-
-    name: str
-    bind: Callable[[Layer, Place], Bound]
-
-    def prepare(self, layer: Layer, place: Place) -> Bound:
-        return self.bind(layer, place)
 
 
 def candidates(
@@ -48,12 +35,18 @@ def candidates(
     match layer:
         case Up():
             return [Library("conv_transpose2d", _transposed), Library("gemm", _up_gemm)]
+        case Down():
+            return [Library("conv2d", _strided), Library("gemm", _down_gemm)]
         case Linear():
             return [Library("gemm", _linear)]
         case Norm():
-            return [Library("group_norm_silu", _norm)]
+            return [Library("group_norm_silu", tokens.norm)]
+        case RMSNorm():
+            return [Library("rms_norm_silu", tokens.rms_norm)]
         case Attention():
-            return [Library("attention", _attention)]
+            return [Library("attention", tokens.attention)]
+        case LinearAttention():
+            return [Library("linear_attention", tokens.linear_attention)]
         case Output():
             return [Library("gemm", _output_gemm) if layer.weight.shape[-1] == 1 else Library("conv2d", _output_conv)]
         case Conv(resample="up" | "down"):
@@ -87,34 +80,16 @@ def onednn_works(dtype: torch.dtype) -> bool:
         return False
 
 
-def _reordered(weight: Tensor, size: tuple[int, ...]) -> Tensor:
-    packed: Tensor = torch.ops.mkldnn._reorder_convolution_weight(weight, [1, 1], [1, 1], [1, 1], 1, size)
-    return packed
+def _reordered(weight: Tensor, size: tuple[int, ...], padding: int = 1) -> Tensor:
+    pads = [padding, padding]
+    result: Tensor = torch.ops.mkldnn._reorder_convolution_weight(weight, pads, [1, 1], [1, 1], 1, size)
+    return result
 
 
-def _swish(x: Tensor, weight: Tensor, bias: Tensor, silu: bool) -> Tensor:
-    act = "swish" if silu else "none"
-    y: Tensor = torch.ops.mkldnn._convolution_pointwise(x, weight, bias, [1, 1], [1, 1], [1, 1], 1, act, [None], "")
+def _swish(x: Tensor, weight: Tensor, bias: Tensor, silu: bool, padding: int = 1) -> Tensor:
+    act, pads, one = "swish" if silu else "none", [padding, padding], [1, 1]
+    y: Tensor = torch.ops.mkldnn._convolution_pointwise(x, weight, bias, pads, one, one, 1, act, [None], "")
     return y
-
-
-def _nchw(view: Tensor) -> Tensor:
-    return view.permute(0, 3, 1, 2)
-
-
-def _source(layer: Layer, place: Place) -> Callable[[Frame], Tensor]:
-    """frame -> what the layer reads, (n, c, h, w) in the plan's dtype, channels last."""
-    if place.source is None:
-        dtype = place.dtype
-        return lambda frame: frame.x.to(dtype, memory_format=torch.channels_last)
-    source = _nchw(place.source)
-    return lambda frame: source
-
-
-def _packed(layer: Weighted, place: Place, key: str, form: Callable[[Tensor], Tensor]) -> Tensor:
-    """form(weight) in the plan's dtype, kept. What is kept holds on to the layer and not to the place, which goes."""
-    dtype = place.dtype
-    return place.packs.get(layer, (key, dtype), lambda: form(layer.weight).to(dtype, copy=True))
 
 
 def stride_of(layer: Conv) -> int:
@@ -129,21 +104,12 @@ def resampled(x: Tensor, layer: Conv) -> Tensor:
     return F.pad(x, (0, 1, 0, 1)) if layer.resample == "down" and not layer.padding else x
 
 
-def _weight(layer: Weighted, place: Place) -> Tensor:
-    return _packed(layer, place, "weight", lambda w: w.contiguous(memory_format=torch.channels_last))
-
-
-def _bias(layer: Weighted, place: Place) -> Tensor:
-    dtype = place.dtype
-    return place.packs.get(layer, ("bias", dtype), lambda: layer.bias.to(dtype, copy=True))
-
-
 def _finish(layer: Conv, place: Place) -> Callable[[Tensor, Frame], None]:
     """What stores act(y + bias) + temb + residual for a y (n, c, h, w), and where it is wanted each 2x2's maximum."""
     assert place.target is not None
-    target, act = _nchw(place.target), "silu" if layer.silu else None
-    pooled = None if place.pooled is None else _nchw(place.pooled)
-    residual = None if place.residual is None else _nchw(place.residual)
+    target, act = nchw(place.target), "silu" if layer.silu else None
+    pooled = None if place.pooled is None else nchw(place.pooled)
+    residual = None if place.residual is None else nchw(place.residual)
 
     def finish(y: Tensor, frame: Frame) -> None:
         temb = None if layer.temb is None else frame.temb(layer.temb, layer.bias.shape[0])
@@ -160,7 +126,7 @@ def _finish(layer: Conv, place: Place) -> Callable[[Tensor, Frame], None]:
 
 def _conv2d(layer: Layer, place: Place) -> Bound:
     assert isinstance(layer, Conv)
-    source, weight, finish = _source(layer, place), _weight(layer, place), _finish(layer, place)
+    source, weight, finish = source_of(layer, place), weight_of(layer, place), _finish(layer, place)
 
     def run(frame: Frame) -> None:
         x = resampled(source(frame), layer)
@@ -172,20 +138,20 @@ def _conv2d(layer: Layer, place: Place) -> Bound:
 def _onednn(layer: Layer, place: Place) -> Bound:
     assert isinstance(layer, Conv)
     assert place.target is not None
-    conv, target = layer, _nchw(place.target)
-    source, bias = _source(layer, place), _bias(layer, place)
-    pooled = None if place.pooled is None else _nchw(place.pooled)
-    residual = None if place.residual is None else _nchw(place.residual)
+    conv, target = layer, nchw(place.target)
+    source, bias = source_of(layer, place), bias_of(layer, place)
+    pooled = None if place.pooled is None else nchw(place.pooled)
+    residual = None if place.residual is None else nchw(place.residual)
     dtype, size = place.dtype, (place.n, layer.weight.shape[1], place.h, place.w)
     key = ("onednn", dtype, size)
 
-    def packed() -> Tensor:
-        return _reordered(layer.weight.to(dtype), size)
+    def reordered() -> Tensor:
+        return _reordered(layer.weight.to(dtype), size, conv.padding)
 
-    place.packs.get(layer, key, packed)
+    place.packs.get(layer, key, reordered)
 
     def run(frame: Frame) -> None:
-        y = _swish(source(frame), place.packs.get(layer, key, packed), bias, conv.silu)
+        y = _swish(source(frame), place.packs.get(layer, key, reordered), bias, conv.silu, conv.padding)
         if conv.temb is not None:
             y += frame.temb(conv.temb, y.shape[1])[:, :, None, None].to(y.dtype)
         if residual is not None:
@@ -210,12 +176,12 @@ def _im2col(layer: Layer, place: Place) -> Bound:
     neighbours = padded.as_strided((n, h, w, 3, 3, c), (s[0], s[1], s[2], s[1], s[2], 1))
     columns = source.new_zeros(n * h * w, 9 * c)
     cells = columns.view(n, h, w, 3, 3, c)
-    weight = _packed(layer, place, "im2col", lambda w: w.permute(2, 3, 1, 0).reshape(9 * c, out))
+    weight = packed(layer, place, "im2col", lambda w: w.permute(2, 3, 1, 0).reshape(9 * c, out))
 
     def run(frame: Frame) -> None:
         inner.copy_(source)
         cells.copy_(neighbours)
-        finish(_nchw(torch.mm(columns, weight).view(n, h, w, out)), frame)
+        finish(nchw(torch.mm(columns, weight).view(n, h, w, out)), frame)
 
     return run
 
@@ -239,10 +205,10 @@ def _window(layer: Layer, place: Place) -> Bound:
     source, finish, out = place.source, _finish(layer, place), layer.weight.shape[0]
     assert source is not None
     n, c = source.shape[0], source.shape[3]
-    weight = _packed(layer, place, "window", dense_window)
+    weight = packed(layer, place, "window", dense_window)
 
     def run(frame: Frame) -> None:
-        finish(_nchw(torch.mm(source.reshape(n, 4 * c), weight).view(n, 2, 2, out)), frame)
+        finish(nchw(torch.mm(source.reshape(n, 4 * c), weight).view(n, 2, 2, out)), frame)
 
     return run
 
@@ -250,8 +216,8 @@ def _window(layer: Layer, place: Place) -> Bound:
 def _transposed(layer: Layer, place: Place) -> Bound:
     assert isinstance(layer, Up)
     assert place.target is not None
-    source, target = _source(layer, place), _nchw(place.target)
-    weight, bias = _weight(layer, place), _bias(layer, place)
+    source, target = source_of(layer, place), nchw(place.target)
+    weight, bias = weight_of(layer, place), bias_of(layer, place)
 
     def run(frame: Frame) -> None:
         target.copy_(F.conv_transpose2d(source(frame), weight, bias, stride=2))
@@ -268,12 +234,43 @@ def _up_gemm(layer: Layer, place: Place) -> Bound:
     out, dtype = layer.weight.shape[1], place.dtype
     # [n, h, 2, w, 2, out], so that one product's rows go where their four pixels are
     cells = target.unflatten(2, (w, 2)).unflatten(1, (h, 2))
-    weight = _packed(layer, place, "gemm", lambda w: w.permute(0, 2, 3, 1).reshape(c, 4 * out))
+    weight = packed(layer, place, "gemm", lambda w: w.permute(0, 2, 3, 1).reshape(c, 4 * out))
     bias = place.packs.get(layer, ("gemm bias", dtype), lambda: layer.bias.repeat(4).to(dtype))
 
     def run(frame: Frame) -> None:
         y = torch.addmm(bias, source.reshape(n * h * w, c), weight)
         cells.copy_(y.view(n, h, w, 2, 2, out).transpose(2, 3))
+
+    return run
+
+
+def _strided(layer: Layer, place: Place) -> Bound:
+    assert isinstance(layer, Down)
+    assert place.target is not None
+    source, target = source_of(layer, place), nchw(place.target)
+    weight, bias = weight_of(layer, place), bias_of(layer, place)
+
+    def run(frame: Frame) -> None:
+        target.copy_(F.conv2d(source(frame), weight, bias, stride=2))
+
+    return run
+
+
+def _down_gemm(layer: Layer, place: Place) -> Bound:
+    assert isinstance(layer, Down)
+    source, target = place.source, place.target
+    assert source is not None
+    assert target is not None
+    _, h, w, c = source.shape
+    out = layer.weight.shape[0]
+    # [n, h / 2, w / 2, 2, 2, c], so that one row of the product's left side is the four pixels of a result
+    cells = source.unflatten(2, (w // 2, 2)).unflatten(1, (h // 2, 2)).transpose(2, 3)
+    weight = packed(layer, place, "gemm", lambda w: w.permute(2, 3, 1, 0).reshape(4 * c, out))
+    bias = bias_of(layer, place)
+
+    def run(frame: Frame) -> None:
+        y = torch.addmm(bias, cells.reshape(-1, 4 * c), weight)
+        target.copy_(y.view(target.shape))
 
     return run
 
@@ -284,7 +281,7 @@ def _linear(layer: Layer, place: Place) -> Bound:
     assert source is not None
     assert target is not None
     c = source.shape[3]
-    weight, bias = _packed(layer, place, "linear", lambda w: w.T), _bias(layer, place)
+    weight, bias = packed(layer, place, "linear", lambda w: w.T), bias_of(layer, place)
 
     def run(frame: Frame) -> None:
         y = torch.addmm(bias, source.reshape(-1, c), weight).view(target.shape)
@@ -296,45 +293,10 @@ def _linear(layer: Layer, place: Place) -> Bound:
     return run
 
 
-def _norm(layer: Layer, place: Place) -> Bound:
-    assert isinstance(layer, Norm)
-    assert place.target is not None
-    norm, source, target = layer, _source(layer, place), _nchw(place.target)
-    act: Literal["silu"] | None = "silu" if layer.silu else None
-
-    def run(frame: Frame) -> None:
-        scale = shift = None
-        if norm.modulation is not None:
-            scale, shift = frame.temb(norm.modulation, 2 * len(norm.weight)).chunk(2, dim=1)
-        target.copy_(
-            ops.group_norm_silu(
-                source(frame), norm.groups, norm.weight, norm.bias, scale=scale, shift=shift, eps=norm.eps, act=act
-            )
-        )
-
-    return run
-
-
-def _attention(layer: Layer, place: Place) -> Bound:
-    assert isinstance(layer, Attention)
-    source, target, attention = place.source, place.target, layer
-    assert source is not None
-    assert target is not None
-    n, h, w, c = target.shape
-
-    def run(frame: Frame) -> None:
-        # [n, pixels, 3, heads, c / heads] -> three of [n, heads, pixels, c / heads]
-        q, k, v = source.reshape(n, h * w, 3, attention.heads, -1).permute(2, 0, 3, 1, 4)
-        y = F.scaled_dot_product_attention(q, k, v, scale=attention.scale)
-        target.copy_(y.transpose(1, 2).reshape(n, h, w, c))
-
-    return run
-
-
 def _output_conv(layer: Layer, place: Place) -> Bound:
     assert isinstance(layer, Output)
     assert place.source is not None
-    source, output = _nchw(place.source), layer
+    source, output = nchw(place.source), layer
     weight = _packed_float(layer, place)
 
     def run(frame: Frame) -> None:
@@ -356,6 +318,6 @@ def _output_gemm(layer: Layer, place: Place) -> Bound:
     weight = layer.weight.view(out, c)
 
     def run(frame: Frame) -> None:
-        frame.out.copy_(_nchw(F.linear(source.float(), weight, layer.bias)))
+        frame.out.copy_(nchw(F.linear(source.float(), weight, layer.bias)))
 
     return run

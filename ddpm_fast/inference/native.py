@@ -13,13 +13,15 @@ from torch import Tensor
 
 from ..backends import native as extension
 from .candidate import Candidate, Frame, Place, pixel_stride
-from .network import Attention, Conv, Layer, Linear, Norm, Output, Up
+from .network import Attention, Conv, Down, Layer, Linear, LinearAttention, Norm, Output, RMSNorm, Up
 
 ISA_VARIABLE = "DDPM_FAST_CPU_ISA"
 STORED = {torch.bfloat16: "bf16", torch.float32: "f32"}
 TRIED_ISAS = {"bf16": 2, "f32": 1}  # best first; a matrix unit does not win everywhere, wider vectors do
 MULTIPLE = 16  # of channels, the image's own apart
 KINDS = ("point", "window", "winograd", "direct")
+Product = Conv | Up | Down | Linear | Output  # layers that multiply by packed weights
+Address = tuple[int, int]  # of a view's first pixel, and elements from pixel to pixel
 ONLY_AT = {"point": (1, 1), "window": (2, 2)}  # pixels of an image
 
 
@@ -79,11 +81,17 @@ def _kinds(layer: Layer, h: int, w: int) -> list[str]:
             return ["doubled"]
         case Conv(resample="down"):
             return ["strided"] if layer.padding or min(h, w) > 1 else []
+        case Conv(source=None) if layer.weight.shape[-1] == 7:
+            return ["first7x7"]
         case Conv():
             if layer.pooled is not None and (h % 2 or w % 2):
                 return []
             kinds = ["first"] if layer.source is None else list(KINDS)
             return [kind for kind in kinds if ONLY_AT.get(kind, (h, w)) == (h, w)]
+        case Down():
+            return [] if h % 2 or w % 2 else ["down"]
+        case LinearAttention() if layer.target.channels % (MULTIPLE * layer.heads):
+            return []
         case Output():
             return ["output" if layer.weight.shape[-1] == 1 else "output3x3"]
         case _:
@@ -96,7 +104,7 @@ class NativeLayer:
     def __init__(self, kind: str, isa: str, layer: Layer, place: Place) -> None:
         self.kind, self.isa, self.layer, self.place = kind, isa, layer, place
         self.packed: Tensor | None = None
-        if not isinstance(layer, (Norm, Attention)):
+        if not isinstance(layer, (Norm, RMSNorm, Attention, LinearAttention)):
             self.packed = place.packs.get(layer, (kind, isa), functools.partial(_pack, kind, isa, layer))
         self._own: Run | None = None
 
@@ -105,27 +113,39 @@ class NativeLayer:
         layer, place = self.layer, self.place
         size = (place.n, place.h, place.w)
         source, target, residual = _where(place.source), _where(place.target), _where(place.residual)
-        if isinstance(layer, Attention):
-            channels = (layer.target.channels, layer.heads, layer.scale)
-            program.attention(self.isa, place.n, place.h * place.w, *channels, *source, *target)
-            return
-        if isinstance(layer, Norm):
-            scale = -1 if layer.modulation is None else layer.modulation
-            shift = -1 if layer.modulation is None else layer.modulation + layer.target.channels
-            weights = (layer.weight.data_ptr(), layer.bias.data_ptr())
-            channels = (layer.target.channels, layer.groups, layer.eps)
-            program.norm(self.isa, *size, *channels, *source, *weights, layer.silu, scale, shift, *target)
-            return
+        channels = 0 if isinstance(layer, Output) else layer.target.channels
+        match layer:
+            case Attention():
+                what = (channels, layer.heads, layer.scale, *_memory(layer))
+                program.attention(self.isa, place.n, place.h * place.w, *what, *source, *target)
+            case LinearAttention():
+                what = (channels, layer.heads, layer.scale, *_memory(layer))
+                program.linear_attention(self.isa, place.n, place.h * place.w, *what, *source, *target)
+            case RMSNorm():
+                affine = (layer.weight.data_ptr(), layer.silu, *_columns(layer))
+                program.rms_norm(self.isa, *size, channels, layer.eps, *source, *affine, *residual, *target)
+            case Norm():
+                weights = (layer.weight.data_ptr(), layer.bias.data_ptr(), layer.silu, *_columns(layer))
+                program.norm(self.isa, *size, channels, layer.groups, layer.eps, *source, *weights, *target)
+            case _:
+                self._add_product(layer, program, size, (source, target, residual))
+
+    def _add_product(
+        self, layer: Product, program: Any, size: tuple[int, int, int], ends: tuple[Address, Address, Address]
+    ) -> None:
         assert self.packed is not None
+        source, target, residual = ends
         out, c = _channels(layer)
         what = (self.kind, self.isa, *size, c, out, *source, self.packed.data_ptr(), layer.bias.data_ptr())
-        if isinstance(layer, Conv):
-            temb = -1 if layer.temb is None else layer.temb
-            program.conv(*what, layer.silu, temb, layer.padding, *target, *_where(place.pooled), *residual)
-        elif isinstance(layer, (Up, Linear)):
-            program.pixelwise(*what, *target, *residual)
-        else:
-            program.output(*what)
+        match layer:
+            case Conv():
+                temb = -1 if layer.temb is None else layer.temb
+                pooled = _where(self.place.pooled)
+                program.conv(*what, layer.silu, temb, layer.padding, *target, *pooled, *residual)
+            case Output():
+                program.output(*what)
+            case _:
+                program.pixelwise(*what, *target, *residual)
 
     def __call__(self, frame: Frame) -> None:
         if self._own is None:
@@ -133,13 +153,27 @@ class NativeLayer:
         self._own(frame)
 
 
-def _channels(layer: Conv | Up | Linear | Output) -> tuple[int, int]:
+def _columns(layer: Norm | RMSNorm) -> tuple[int, int]:
+    """The first columns of scale and shift in the time table; -1, -1 for none."""
+    first = layer.modulation
+    return (-1, -1) if first is None else (first, first + layer.target.channels)
+
+
+def _memory(layer: Attention | LinearAttention) -> tuple[int, int, int]:
+    """Where the memory's keys and values are, and how many tokens it has; zeros for none."""
+    if layer.memory is None:
+        return (0, 0, 0)
+    keys, values = layer.memory
+    return keys.data_ptr(), values.data_ptr(), keys.shape[-1 if isinstance(layer, LinearAttention) else -2]
+
+
+def _channels(layer: Product) -> tuple[int, int]:
     """(out, in); a transposed convolution keeps its weight the other way round."""
     first, second = layer.weight.shape[:2]
     return (second, first) if isinstance(layer, Up) else (first, second)
 
 
-def _pack(kind: str, isa: str, layer: Conv | Up | Linear | Output) -> Tensor:
+def _pack(kind: str, isa: str, layer: Product) -> Tensor:
     """The layer's weights as that kind of layer reads them. Holds on to nothing but the layer: it outlives plans."""
     out, c = _channels(layer)
     packed = torch.zeros(extension._C.packed_bytes(kind, isa, out, c), dtype=torch.uint8)
@@ -148,7 +182,7 @@ def _pack(kind: str, isa: str, layer: Conv | Up | Linear | Output) -> Tensor:
     return packed
 
 
-def _where(view: Tensor | None) -> tuple[int, int]:
+def _where(view: Tensor | None) -> Address:
     """Address and pixel stride; 0, 0 for none."""
     return (0, 0) if view is None else (view.data_ptr(), pixel_stride(view))
 

@@ -195,7 +195,8 @@ class TimeTable:
         e = features(t), or with an mlp (w1, b1, w2, b2): e = w2 mlp_act(w1 features(t) + b1) + b2
         temb = e @ weight.T + bias, or with an mlp: SiLU(e + labels[label]) @ weight.T + bias
 
-    weight [columns, time_dim], bias [columns]. features: t (N,) -> float32 (N, features), without parameters.
+    weight [columns, time_dim], bias [columns]. features: t (N,) -> float32 (N, features). feature_weights: the tensors
+    that it computes with; where they are written anew in place, it computes with the new ones.
     labels: what a class adds, or None. Without an mlp [classes, columns], to temb (its embedding times the same
     weight); with one [classes, time_dim], to e. null_label: the class that an image without a label has; None where
     every image needs one.
@@ -208,6 +209,7 @@ class TimeTable:
     null_label: int | None = None
     mlp: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
     mlp_act: Literal["silu", "gelu"] = "silu"
+    feature_weights: tuple[Tensor, ...] = ()
 
     @property
     def added_labels(self) -> Tensor | None:
@@ -230,8 +232,8 @@ class Network:
     """Layers in the order in which they run, and what they need to know of time.
 
     divisor: H and W of an image must be multiples of it. self_condition: what is convolved first is [x0 of the step
-    before, or zeros | x], side by side; in_channels counts both. Every tensor is float32, contiguous, on one device, and its
-    own: nothing here shares memory with the module that it was read from.
+    before, or zeros | x], side by side; in_channels counts both. Every tensor is float32, contiguous, on one device,
+    and its own: nothing here shares memory with the module that it was read from.
     """
 
     layers: tuple[Layer, ...]
@@ -239,6 +241,11 @@ class Network:
     divisor: int
     time: TimeTable
     self_condition: bool = False
+
+    @property
+    def image_channels(self) -> int:
+        """Channels of x."""
+        return self.in_channels // 2 if self.self_condition else self.in_channels
 
     @property
     def out_channels(self) -> int:
@@ -250,7 +257,7 @@ class Network:
     def tensors(self) -> list[Tensor]:
         """Every tensor, in an order that another reading of the same architecture repeats."""
         result = [tensor for layer in self.layers for tensor in tensors_of(layer)]
-        result += [self.time.weight, self.time.bias, *(self.time.mlp or ())]
+        result += [self.time.weight, self.time.bias, *(self.time.mlp or ()), *self.time.feature_weights]
         return result if self.time.labels is None else [*result, self.time.labels]
 
     def numbers(self) -> list[float]:

@@ -9,7 +9,19 @@ from . import library, native
 from .candidate import Bound, Candidate, Frame, PackName, Packs, Place
 from .ending import Step, gpu
 from .module import Module
-from .network import Attention, Conv, Layer, Linear, Network, Norm, Output, Slice, tensors_of
+from .network import (
+    Attention,
+    Conv,
+    Layer,
+    Linear,
+    LinearAttention,
+    Network,
+    Norm,
+    Output,
+    RMSNorm,
+    Slice,
+    tensors_of,
+)
 from .times import embed
 from .trial import Ranking
 
@@ -49,7 +61,7 @@ def places(
         source = view(layer.source)
         target = None if isinstance(layer, Output) else view(layer.target)
         pooled = view(layer.pooled) if isinstance(layer, Conv) else None
-        residual = view(layer.residual) if isinstance(layer, (Conv, Linear)) else None
+        residual = view(layer.residual) if isinstance(layer, (Conv, Linear, RMSNorm)) else None
         size = (h, w) if source is None else (source.shape[1], source.shape[2])
         result.append(Place(n, *size, dtype, device, source, target, pooled, columns, packs, residual))
     return result
@@ -97,11 +109,25 @@ class Plan:
         self.own_rows = torch.arange(n, device=device)
         time = network.time
         self.label_rows = None if time.labels is None else torch.full_like(self.rows, time.null_label or 0)
+        size = (n, network.in_channels, h, w)
+        self._both = torch.zeros(size, device=device) if network.self_condition else None  # [x_self_cond | x]
         self._bounds = joined(bounds)
         self._separate, self._before_last = bounds, list[Bound]()
 
+    def fed(self, x: Tensor, x_self_cond: Tensor | None = None) -> Tensor:
+        """What `run` takes of images x (n, C, h, w): float32, contiguous, after what the network is conditioned on."""
+        if self._both is None:
+            return x.detach().to(torch.float32).contiguous()
+        before, images = self._both.chunk(2, dim=1)
+        images.copy_(x)
+        if x_self_cond is None:
+            before.zero_()
+        else:
+            before.copy_(x_self_cond)
+        return self._both
+
     def run(self, x: Tensor, out: Tensor, time_table: Tensor, time_rows: Tensor) -> None:
-        """x, out: float32 (n, C, h, w) contiguous, each with its own C, not the same memory."""
+        """x, as `fed` gives it, and out: float32 (n, C, h, w) contiguous, each with its own C, not the same memory."""
         frame = Frame(x, out, time_table, time_rows, self.network.time.added_labels, self.label_rows)
         for bound in self._bounds:
             bound(frame)
@@ -128,14 +154,14 @@ class Plan:
             head += f"; not used: the model as it is was faster, in {self.module.dtype}"
         if self.tried != self.n and any(us is not None for _, us in self.choices[0].times):
             head += f"; measured with {self.tried} images"
-        lines = [head]
+        lines, width = [head], max(len(ranking.layer) for ranking in self.choices)
         for ranking in self.choices:
             shown = [name if us is None else f"{name} {us:.0f} us" for name, us in ranking.times]
             others = f"   ({', '.join(shown[1:])})" if len(shown) > 1 else ""
-            lines.append(f"  {ranking.layer:<18} {shown[0]}{others}")
+            lines.append(f"  {ranking.layer:<{width}} {shown[0]}{others}")
         measured = [us for us in (ranking.times[0][1] for ranking in self.choices) if us is not None]
         if measured:
-            lines.append(f"  {'sum':<18} {sum(measured):.0f} us")
+            lines.append(f"  {'sum':<{width}} {sum(measured):.0f} us")
         return "\n".join(lines)
 
 
@@ -163,7 +189,9 @@ def signature(layer: Layer, place: Place) -> tuple[object, ...]:
         extra = (layer.silu, layer.temb is not None, layer.resample, layer.padding)
     elif isinstance(layer, Norm):
         extra = (layer.groups, layer.silu, layer.modulation is not None)
-    elif isinstance(layer, Attention):
+    elif isinstance(layer, RMSNorm):
+        extra = (layer.silu, layer.modulation is not None, layer.residual is not None)
+    elif isinstance(layer, (Attention, LinearAttention)):
         extra = (layer.source.channels, layer.heads)
     shapes = tuple(tuple(tensor.shape) for tensor in tensors_of(layer)[:1])
     return (type(layer).__name__.lower(), shapes, *extra, place.n, place.h, place.w, *strides)

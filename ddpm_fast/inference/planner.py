@@ -78,7 +78,8 @@ def make(
         _measured[key] = (choices, None if plan.module is None else plan.module.dtype)
         while len(_measured) > KEPT_MEASUREMENTS:
             _measured.popitem(last=False)
-    if plan.module is None and not deterministic and network.out_channels == network.in_channels:
+    one_image = not network.self_condition and network.out_channels == network.in_channels
+    if plan.module is None and not deterministic and one_image:
         plan.run(frame.x, frame.out, frame.time_table, frame.time_rows)
         plan.step = paying_step(network.layers[-1], spots[-1], bounds[-1], frame)
     return plan
@@ -91,7 +92,10 @@ def _faster(plan: Plan, frame: Frame, modules: list[Module]) -> Module | None:
     def run() -> None:
         plan.run(frame.x, out, plan.own_table, plan.own_rows)
 
-    seconds = [(module.beats(run, frame.x, plan.label_rows), module) for module in modules]
+    x, condition = frame.x, None
+    if plan.network.self_condition:
+        condition, x = x.chunk(2, dim=1)
+    seconds = [(module.beats(run, x, plan.label_rows, condition), module) for module in modules]
     faster = [(taken, module) for taken, module in seconds if taken is not None]
     return min(faster, key=lambda one: one[0])[1] if faster else None
 

@@ -38,7 +38,8 @@ def finish(time: TimeTable, e: Tensor, labels: Tensor, out: Tensor) -> None:
 def _through(time: TimeTable, t: Tensor, dtype: torch.dtype) -> Tensor:
     assert time.mlp is not None
     w1, b1, w2, b2 = (tensor.to(dtype) for tensor in time.mlp)
-    return torch.addmm(b2, F.silu(torch.addmm(b1, time.features(t).to(dtype), w1.T)), w2.T)
+    act = F.silu if time.mlp_act == "silu" else F.gelu
+    return torch.addmm(b2, act(torch.addmm(b1, time.features(t).to(dtype), w1.T)), w2.T)
 
 
 def _embedded(time: TimeTable, t: Tensor, dtype: torch.dtype, labels: Tensor | None = None) -> Tensor:

@@ -12,6 +12,7 @@ FORM = (
     *("kernel_size", "stride", "padding", "output_padding", "dilation", "groups", "padding_mode"),
     *("time_dim", "dim", "flip", "shift", "num_groups", "heads", "rescale_output_factor"),
     *("time_scale_shift", "output_scale_factor", "act", "resample"),
+    *("theta", "scale", "approximate", "downscale_factor", "scale_factor", "mode", "channels", "self_condition"),
 )
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ..nn import DDPMUNet
 from ..nn.ddpm_blocks import OLD_ATTENTION
+from ..nn.ddpm_config import OWN
 from ._weights import State, check_state, read_json, read_weights, write_weights
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -25,7 +26,7 @@ Module = TypeVar("Module", bound=nn.Module)
 CLASS = "UNet2DModel"
 
 DEFAULTS: dict[str, Any] = {
-    **{name: argument.default for name, argument in inspect.signature(DDPMUNet).parameters.items()},
+    **{name: arg.default for name, arg in inspect.signature(DDPMUNet).parameters.items() if name not in OWN},
     "sample_size": None,
     "freq_shift": 0,
     "flip_sin_to_cos": True,
@@ -74,6 +75,17 @@ def unet_arguments(config: Mapping[str, Any], source: object = "config") -> dict
     return {**DEFAULTS, **given}
 
 
+def _their_config(net: DDPMUNet) -> dict[str, Any]:
+    """The network's arguments without notes; ValueError where one is not diffusers'."""
+    for name in OWN:
+        if name in net.config:
+            raise ValueError(
+                f"diffusers' {CLASS} has no {name}, which is {net.config[name]!r} here, and so no such network; "
+                "keep it as a state dict, or with ddpm_fast.interop.openai.to_openai as an OpenAI checkpoint"
+            )
+    return {name: value for name, value in net.config.items() if not name.startswith("_")}
+
+
 def from_diffusers(unet: nn.Module) -> DDPMUNet:
     """A `DDPMUNet` with copies of the weights of a diffusers `UNet2DModel`: dtype, device, mode and all.
 
@@ -83,14 +95,14 @@ def from_diffusers(unet: nn.Module) -> DDPMUNet:
         raise TypeError(f"unet must be a diffusers {CLASS}, got {type(unet).__name__}")
     config: Any = unet.config
     net = build_unet(unet_arguments(config), unet.state_dict(), f"the {CLASS}")
-    _same_flags(unet, net)
+    same_flags(unet, net)
     return net
 
 
 def to_diffusers(net: DDPMUNet) -> Any:
     """A diffusers `UNet2DModel` with copies of the weights: dtype, device, mode and all.
 
-    Raises ImportError without diffusers, ValueError where it is too old for an option of this network.
+    Raises ImportError without diffusers, ValueError where it has no words for an option of this network.
     """
     if not isinstance(net, DDPMUNet):
         raise TypeError(f"net must be a DDPMUNet, got {type(net).__name__}")
@@ -99,14 +111,14 @@ def to_diffusers(net: DDPMUNet) -> Any:
     except ImportError as error:
         raise ImportError(f"to_diffusers needs diffusers ({error}): pip install ddpm_fast[diffusers]") from None
     known = inspect.signature(UNet2DModel.__init__).parameters
-    config = {name: value for name, value in net.config.items() if not name.startswith("_")}
+    config = _their_config(net)
     for name, value in config.items():
         if name not in known and value != DEFAULTS[name]:
             raise ValueError(f"this diffusers knows no {name}, which is {value!r} here; install a newer one")
     with torch.device("meta"):
         unet: Any = UNet2DModel(**{name: value for name, value in config.items() if name in known})
-    _fill(unet, net.state_dict(), "the DDPMUNet")
-    _same_flags(net, unet)
+    fill(unet, net.state_dict(), "the DDPMUNet")
+    same_flags(net, unet)
     return unet
 
 
@@ -135,7 +147,7 @@ def load_unet(
     except (ValueError, TypeError) as error:
         raise ValueError(f"{source}: {error}") from None
     state, file = read_weights(path, variant)
-    return _fill(expected, new_keys(state), file, dtype=dtype, device=device).eval()
+    return fill(expected, new_keys(state), file, dtype=dtype, device=device).eval()
 
 
 def save_unet(
@@ -143,20 +155,34 @@ def save_unet(
 ) -> None:
     """Writes config.json and weights that `load_unet` and diffusers' `UNet2DModel.from_pretrained` read.
 
-    safe_serialization=False writes .bin with torch.save. The folder is made where it is missing.
+    safe_serialization=False writes .bin with torch.save. The folder is made where it is missing. ValueError for options
+    that diffusers has not.
     """
     if not isinstance(net, DDPMUNet):
         raise TypeError(f"net must be a DDPMUNet, got {type(net).__name__}")
+    config = _their_config(net)
     path = Path(folder)
     path.mkdir(parents=True, exist_ok=True)
     write_weights(net.state_dict(), path, variant=variant, safe=safe_serialization)
-    text = json.dumps({"_class_name": CLASS, **net.config}, indent=2, sort_keys=True)
+    text = json.dumps({"_class_name": CLASS, **config}, indent=2, sort_keys=True)
     (path / "config.json").write_text(text + "\n", encoding="utf-8")
 
 
 def build_unet(arguments: Mapping[str, Any], state: Mapping[str, Tensor], source: object) -> DDPMUNet:
     """A DDPMUNet of these arguments with copies of these tensors, each in its own dtype and on its own device."""
-    return _fill(_bare(arguments), new_keys(state), source)
+    return fill(_bare(arguments), new_keys(state), source)
+
+
+def fill_unet(
+    arguments: Mapping[str, Any],
+    state: Mapping[str, Tensor],
+    source: object,
+    *,
+    dtype: torch.dtype | None,
+    device: torch.device | str | None,
+) -> DDPMUNet:
+    """The same with all of them in one dtype and on one device."""
+    return fill(_bare(arguments), state, source, dtype=dtype, device=device)
 
 
 def _bare(arguments: Mapping[str, Any]) -> DDPMUNet:
@@ -165,7 +191,7 @@ def _bare(arguments: Mapping[str, Any]) -> DDPMUNet:
         return DDPMUNet(**arguments)
 
 
-def _fill(
+def fill(
     net: Module,
     state: Mapping[str, Tensor],
     source: object,
@@ -184,7 +210,7 @@ def _fill(
     return net
 
 
-def _same_flags(source: nn.Module, target: nn.Module) -> None:
+def same_flags(source: nn.Module, target: nn.Module) -> None:
     """Training mode and requires_grad as in `source`."""
     target.train(source.training)
     wanted = {key: parameter.requires_grad for key, parameter in source.named_parameters()}

@@ -31,7 +31,7 @@ def read_weights(folder: Path, variant: str | None = None) -> tuple[State, Path]
     for name in names:
         path = folder / name
         if path.is_file():
-            return (_read_shards(path) if name.endswith("json") else _read_file(path)), path
+            return (_read_shards(path) if name.endswith("json") else read_file(path)), path
     others = sorted(path.name for path in folder.glob(f"{STEM}*"))
     there = f"there are {', '.join(others)}: pass variant=" if others else "it has no weights"
     raise FileNotFoundError(f"no {' or '.join(names)} in {folder}; {there}")
@@ -123,7 +123,8 @@ def _safetensors(path: Path) -> Any:
     return safetensors
 
 
-def _read_file(path: Path) -> State:
+def read_file(path: Path) -> State:
+    """The state dict in one file: .safetensors, or what torch.save wrote, read as weights only."""
     if path.suffix == ".safetensors":
         library = _safetensors(path)
         try:
@@ -156,7 +157,7 @@ def _read_shards(index: Path) -> State:
             raise ValueError(f"{index} must name files beside it, got {name!r}")
         if not path.is_file():
             raise FileNotFoundError(f"{index} names {name}, which is not beside it")
-        shard = _read_file(path)
+        shard = read_file(path)
         for key in shard:
             if places.get(key) != name:
                 raise ValueError(f"{path} holds {key}, which {index.name} does not expect there")

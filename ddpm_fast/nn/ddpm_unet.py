@@ -25,20 +25,25 @@ class DDPMUNet(nn.Module):
         center_input_sample: the network sees 2x - 1.
         time_embedding_type: "positional" (sinusoids), "fourier" (of log t, and the result is divided by t) or "learned"
             (a table of num_train_timesteps rows). time_embedding_dim: default 4 block_out_channels[0].
+            time_proj_dim: length of the sinusoids (or table rows, or half of the features), default
+            block_out_channels[0].
         freq_shift, flip_sin_to_cos: the two conventions of sinusoids, see `Sinusoids`.
-        down_block_types, up_block_types: "DownBlock2D" or "AttnDownBlock2D", "UpBlock2D" or "AttnUpBlock2D" per level.
+        down_block_types, up_block_types: "DownBlock2D", "AttnDownBlock2D" or "ResnetDownsampleBlock2D", "UpBlock2D",
+            "AttnUpBlock2D" or "ResnetUpsampleBlock2D" per level.
         mid_block_type: "UNetMidBlock2D" or None; add_attention: whether it has attention; mid_block_scale_factor: its
             results are divided by it; attn_norm_num_groups: groups of its attention's norm, default norm_num_groups,
             and no norm at all with "scale_shift".
         block_out_channels: per level. layers_per_block: residual blocks per level, one more on the way up.
         downsample_padding: 1, or 0 for zeros at the bottom and right only.
-        downsample_type, upsample_type: "conv", or "resnet" on levels with attention.
+        downsample_type, upsample_type: of levels with attention, "conv" or "resnet"; the Resnet blocks are "resnet".
         dropout, act_fn ("silu", "swish", "mish", "gelu", "relu"), norm_num_groups, norm_eps: of the residual blocks.
-        attention_head_dim: channels per head; None is one head.
+        attention_head_dim: channels per head; None is one head. num_attention_heads: instead of it how many heads every
+            attention has, or (down and mid, up).
         resnet_time_scale_shift: "default" adds the time embedding, "scale_shift" modulates the second norm with it.
         class_embed_type, num_class_embeds: class labels 0..num_class_embeds-1, or "timestep" (labels are embedded as
             timesteps are) or "identity" (labels are the embedding, (N, time_embedding_dim)); required then.
 
+    num_attention_heads and time_proj_dim are not diffusers'; OpenAI's checkpoints need them.
     Raises ValueError or TypeError naming the argument that is not covered.
     """
 
@@ -72,6 +77,8 @@ class DDPMUNet(nn.Module):
         class_embed_type: str | None = None,
         num_class_embeds: int | None = None,
         num_train_timesteps: int | None = None,
+        num_attention_heads: int | tuple[int, int] | None = None,
+        time_proj_dim: int | None = None,
     ) -> None:
         given = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         super().__init__()
@@ -89,7 +96,7 @@ class DDPMUNet(nn.Module):
             time_scale_shift=resnet_time_scale_shift,
         )
         self.conv_in = nn.Conv2d(in_channels, widths[0], 3, padding=1)
-        self._build_embeddings(widths[0], style.time_dim)
+        self._build_embeddings(time_proj_dim or widths[0], style.time_dim)
         self._build_stages(widths, style)
         self.conv_norm_out = nn.GroupNorm(norm_num_groups, widths[0], norm_eps)
         self.conv_out = nn.Conv2d(widths[0], out_channels, 3, padding=1)
@@ -116,12 +123,18 @@ class DDPMUNet(nn.Module):
         config, last = self.config, len(widths) - 1
         layers: int = config["layers_per_block"]
 
-        def head_dim(block: str, width: int) -> int | None:
-            return (config["attention_head_dim"] or width) if block.startswith("Attn") else None
+        def head_dim(block: str, width: int, way: int) -> int | None:
+            """way: 0 down and in the middle, 1 up."""
+            if not block.startswith("Attn"):
+                return None
+            heads = config.get("num_attention_heads")
+            return width // heads[way] if heads else config["attention_head_dim"] or width
 
         def change(block: str, level: int, end: int, kind: str) -> str | None:
-            """How a level hands over to the next one: blocks without attention know a convolution only."""
-            return None if level == end else kind if block.startswith("Attn") else "conv"
+            """How a level hands over to the next one: plain blocks know a convolution only."""
+            if level == end:
+                return None
+            return kind if block.startswith("Attn") else "resnet" if block.startswith("Resnet") else "conv"
 
         # As each list is assigned, its place among the keys is fixed.
         self.down_blocks, self.mid_block, self.up_blocks = nn.ModuleList(), None, nn.ModuleList()
@@ -130,10 +143,10 @@ class DDPMUNet(nn.Module):
             pairs = [(widths[max(level - 1, 0)], width)] + [(width, width)] * (layers - 1)
             down = change(block, level, last, config["downsample_type"])
             padding = config["downsample_padding"]
-            self.down_blocks.append(DownBlock(pairs, style, head_dim(block, width), down, padding))
+            self.down_blocks.append(DownBlock(pairs, style, head_dim(block, width, 0), down, padding))
         if config["mid_block_type"] is not None:
             width = widths[-1]
-            dim = head_dim("Attn" if config["add_attention"] else "", width)
+            dim = head_dim("Attn" if config["add_attention"] else "", width, 0)
             default = style.groups if style.time_scale_shift == "default" else None
             mid_style = dataclasses.replace(style, scale=config["mid_block_scale_factor"])
             self.mid_block = MidBlock(width, mid_style, dim, config["attn_norm_num_groups"] or default)
@@ -143,7 +156,7 @@ class DDPMUNet(nn.Module):
             # the first block is fed from below, the last one's skip comes from the level above
             pairs = [((width if k else below) + (width if k < layers else above), width) for k in range(layers + 1)]
             up = change(block, i, last, config["upsample_type"])
-            self.up_blocks.append(UpBlock(pairs, style, head_dim(block, width), up))
+            self.up_blocks.append(UpBlock(pairs, style, head_dim(block, width, 1), up))
 
     # -- what it says about itself --------------------------------------------------------------------------------
 

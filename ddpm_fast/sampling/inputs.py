@@ -43,19 +43,31 @@ def start_state(x: Tensor | None, start: int, n: int, shape: tuple[int, ...], de
 
 
 def history_of(
-    x0_prev: Tensor | None, steps: StepTable, start: int, n: int, shape: tuple[int, ...], device: torch.device
+    x0_prev: Tensor | None,
+    steps: StepTable,
+    self_condition: bool,
+    start: int,
+    n: int,
+    shape: tuple[int, ...],
+    device: torch.device,
 ) -> Tensor | None:
     """x0_prev, the x0 of row start - 1, as float32; None where no row to come reads it."""
     if x0_prev is None:
-        if start < len(steps) and steps.coefficients[start, COLUMNS.index("c4")] != 0.0:
+        multistep = start < len(steps) and steps.coefficients[start, COLUMNS.index("c4")] != 0.0
+        if multistep or (self_condition and 0 < start < len(steps)):
+            kind, hint = ("multistep", "") if multistep else ("self-conditioned", ", zeros where there is none")
             raise ValueError(
-                f"start={start} resumes a multistep run and needs x0_prev, the x0 of row {start - 1}; "
+                f"start={start} resumes a {kind} run and needs x0_prev, the x0 of row {start - 1}{hint}; "
                 "step.state() of a stream holds it beside x"
             )
         return None
-    if not (steps.needs_history and start):
-        why = "start=0 has no row before it" if steps.needs_history else "no step of this sampler looks back"
-        raise ValueError(f'x0_prev is for resuming method="dpmsolver++" of order 2, and {why}; leave it out')
+    looks_back = steps.needs_history or self_condition
+    if not (looks_back and start):
+        why = "start=0 has no row before it" if looks_back else "no step of this sampler looks back"
+        raise ValueError(
+            'x0_prev is for resuming method="dpmsolver++" of order 2 or a self-conditioned model, '
+            f"and {why}; leave it out"
+        )
     return _state("x0_prev", x0_prev, n, shape, device)
 
 

@@ -30,6 +30,7 @@ class Plan:
     variance: "learned" or "learned_range" where the network returns as many channels again that say it, else None;
     method "ddpm" uses them, other methods do not.
     fused: the plan of the network that runs in its place, made for the timesteps t_model; it is fed float32.
+    self_condition: the network is also told the x0 of the row before, zeros where there was none.
     """
 
     model: Model
@@ -40,6 +41,12 @@ class Plan:
     fused: Compiled | None = None
     variance: str | None = None
     method: str = "ddpm"
+    self_condition: bool = False
+
+    @property
+    def looks_back(self) -> bool:
+        """Whether a row needs the x0 of the row before it."""
+        return self.steps.needs_history or self.self_condition
 
     @property
     def device(self) -> torch.device:
@@ -78,7 +85,8 @@ class Layout:
 class Start:
     """What differs from run to run under one Layout, written into the static buffers by `Loop.load`.
 
-    x: the state before row `start`, None to draw x_T. x0_prev: the x0 of the row before `start`, for multistep methods.
+    x: the state before row `start`, None to draw x_T. x0_prev: the x0 of the row before `start`, for multistep methods
+    and self-conditioned networks.
     null: one label meaning "none", when guided.
     """
 
@@ -108,7 +116,7 @@ class Loop:
         self.noise = torch.zeros_like(self.x) if layout.noise else None
         # What the next row reads as x0_prev is what this one writes as x0: one buffer, in place.
         self.history = plan.steps.needs_history
-        self.x0 = torch.zeros_like(self.x) if layout.x0 or self.history else None
+        self.x0 = torch.zeros_like(self.x) if layout.x0 or plan.looks_back else None
         # A method that never adds noise runs a kernel that has none of it.
         self.draws = not layout.noise and bool(plan.steps.coefficients[:, COLUMNS.index("s")].any())
         self.guidance = torch.ones(1, dtype=torch.float32, device=device) if layout.guided else None
@@ -124,6 +132,8 @@ class Loop:
         # In half precision ddpm_step writes the network's next input itself; float64 it cannot write.
         self.step_feeds = whole and plan.dtype in (torch.bfloat16, torch.float16)
         self.fed = None if self.feeds_x else torch.zeros(halves, chunk, *shape, dtype=plan.dtype, device=device)
+        # The condition too is read where it is, in x0, unless it has to be in another dtype, place or number.
+        self.condition = torch.zeros_like(self.fed) if plan.self_condition and self.fed is not None else None
         # A fused plan's own buffers live as long as somebody holds it; a captured step reads and writes them.
         self.held = None if plan.fused is None else plan.fused.prepare(halves * chunk, shape)
         self.fused_m = None
@@ -131,7 +141,8 @@ class Loop:
             size = (halves * chunk, plan.fused.out_channels, *shape[1:])
             self.fused_m = torch.zeros(size, dtype=torch.float32, device=device)
         # Whether the plan's last layer and ddpm_step are one pass, which draws its own noise and knows one m only.
-        plain_step = whole and not layout.noise and plan.thresholding is None and not self.history and self.parts == 1
+        plain_step = whole and not layout.noise and plan.thresholding is None
+        plain_step = plain_step and not plan.looks_back and self.parts == 1
         self.one_pass = plain_step and self.held is not None and self.held.step is not None
         self.labels: list[Tensor] = []
         if layout.label is not None:
@@ -155,9 +166,9 @@ class Loop:
         self.rng.copy_(make_rng(run.seed, run.first_sample))
         if self.guidance is not None:
             self.guidance.fill_(run.guidance)
-        if self.history and self.x0 is not None:
+        if self.plan.looks_back and self.x0 is not None:
             if run.x0_prev is None:
-                self.x0.zero_()  # row 0 multiplies it by 0, which a NaN of an earlier run would survive
+                self.x0.zero_()  # row 0 is conditioned on it, or multiplies it by 0, which an old NaN would survive
             else:
                 self.x0.copy_(run.x0_prev)
         if run.x is None:
@@ -226,17 +237,31 @@ class Loop:
                 self.fed[:, inside] = self.x[first:last]
             fed = self.fed.flatten(0, 1)
         labels = (self.labels[i].flatten(0, 1),) if self.labels else ()
+        condition = self._condition(first, last, inside)
+        extra = {} if condition is None else {"x_self_cond": condition}
         if self.plan.fused is not None:
-            m = self.plan.fused.at_rows(fed, self.row, labels[0] if labels else None, self.fused_m)
+            m = self.plan.fused.at_rows(fed, self.row, labels[0] if labels else None, self.fused_m, **extra)
         else:
-            m = self.plan.model(fed, self.t, *labels)
+            m = self.plan.model(fed, self.t, *labels, **extra)
         m = prediction(m, fed, self.parts)
-        if m.untyped_storage().data_ptr() == fed.untyped_storage().data_ptr():
-            m = m.clone()  # the network gave its input back, which ddpm_step is about to write to
+        if any(_same_memory(m, given) for given in (fed, *extra.values())):
+            m = m.clone()  # the network gave an input back, which ddpm_step is about to write to
         if self.layout.guided:
             labelled, unlabelled = m.chunk(2)
             return labelled[inside], unlabelled[inside]
         return m[inside], None
+
+    def _condition(self, first: int, last: int, inside: slice) -> Tensor | None:
+        """What a self-conditioned network is told beside the samples first .. last - 1: their x0 of the row before."""
+        if not self.plan.self_condition:
+            return None
+        assert self.x0 is not None
+        if self.condition is None:
+            return self.x0
+        if last - first < self.layout.chunk:
+            self.condition.zero_()
+        self.condition[:, inside] = self.x0[first:last]  # guided: the same for both halves
+        return self.condition.flatten(0, 1)
 
     def _predict_in_chunks(self, m: Tensor) -> tuple[Tensor, Tensor | None]:
         """The same for all samples, copied together at once: a network may return one and the same buffer each time."""
@@ -255,3 +280,7 @@ class Loop:
         if uncond is not None and self.guidance is not None:
             m = uncond.float() + self.guidance * (m - uncond.float())
         return dynamic_threshold(a * self.x - b * m, ratio, max_value)
+
+
+def _same_memory(a: Tensor, b: Tensor) -> bool:
+    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()

@@ -24,7 +24,8 @@ class Step:
 
     row, t: the row of the step table and the timestep that it left.
     x: float32 (n, *shape), the state that it arrived at. x0: float32 (n, *shape), the estimate of the data that it used
-    on the way, after clipping. Both are copies, the caller's own. seed: None where a generator draws.
+    on the way, after clipping. Both are copies, the caller's own. seed: None where a generator draws. looks_back:
+    whether the next row needs x0 too.
     """
 
     row: int
@@ -33,7 +34,7 @@ class Step:
     x0: Tensor
     seed: int | None
     first_sample: int
-    multistep: bool = False
+    looks_back: bool = False
 
     def state(self) -> dict[str, Any]:
         """What `sample` and `stream` need to go on from here, bit for bit: `sampler.sample(n, **step.state())`.
@@ -43,7 +44,7 @@ class Step:
         state: dict[str, Any] = {"x": self.x.clone(), "start": self.row + 1}
         if self.seed is not None:
             state |= {"seed": self.seed, "first_sample": self.first_sample}
-        if self.multistep:
+        if self.looks_back:
             state["x0_prev"] = self.x0.clone()
         return state
 
@@ -111,8 +112,8 @@ class Run:
                     self.check()
                 t = int(self.plan.steps.timesteps[row])
                 seed = self.begin.seed if self._draw is None else None
-                multistep = self.plan.steps.needs_history and row + 1 < len(self.plan.steps)
-                yield Step(row, t, self.x(), self.x0(), seed, self.begin.first_sample, multistep)
+                looks_back = self.plan.looks_back and row + 1 < len(self.plan.steps)
+                yield Step(row, t, self.x(), self.x0(), seed, self.begin.first_sample, looks_back)
 
     def portions(self, shown: bool) -> Iterator[tuple[int, int]]:
         """(row, rows) of every call of `advance`: several rows at a time where the host has nothing to do in between.

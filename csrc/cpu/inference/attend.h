@@ -110,30 +110,6 @@ void pack_rows(const Operand& o) {
     }
 }
 
-#if DDPM_FAST_VECTOR_BYTES == 64
-inline __attribute__((always_inline)) float largest(Vec v) { return _mm512_reduce_max_ps((__m512)v.r[0]); }
-inline __attribute__((always_inline)) float total(Vec v) { return _mm512_reduce_add_ps((__m512)v.r[0]); }
-#else
-// All sixteen by halves.
-template <typename Join>
-inline __attribute__((always_inline)) float joined(Vec v, const Join& join) {
-  float x[kPanel];
-  store(x, v);
-#pragma GCC unroll 4
-  for (int half = kPanel / 2; half > 0; half /= 2)
-#pragma GCC unroll 8
-    for (int i = 0; i < half; ++i)
-      x[i] = join(x[i], x[i + half]);
-  return x[0];
-}
-inline __attribute__((always_inline)) float largest(Vec v) {
-  return joined(v, [](float a, float b) { return a > b ? a : b; });
-}
-inline __attribute__((always_inline)) float total(Vec v) {
-  return joined(v, [](float a, float b) { return a + b; });
-}
-#endif
-
 // e^x for x <= 0 or NaN.
 DDPM_FAST_VEC weight(Vec x) { return power_of_e<1>(larger(splat(-87.0f), x)); }
 

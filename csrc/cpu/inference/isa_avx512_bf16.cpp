@@ -4,8 +4,10 @@
 #include "vector.h"
 // vector.h first
 #include "attend.h"
+#include "attend_linear.h"
 #include "gemm_bf16.h"
 #include "normalise.h"
+#include "pixel_norm.h"
 #include "table.h"
 #include "transforms.h"
 

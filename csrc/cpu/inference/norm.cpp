@@ -107,8 +107,8 @@ void GroupNorm::combine(const Run& run, int64_t image, int64_t first, int64_t co
   const float* time = nullptr;
   const float* label = nullptr;
   if (affine_.scale_column >= 0) {
-    time = run.time_table + run.time_rows[image * run.time_rows_stride] * run.columns;
-    if (run.label_table != nullptr) label = run.label_table + run.label_rows[image] * run.columns;
+    time = run.times(image);
+    label = run.labels(image);
   }
   const auto column = [&](int64_t at) {
     return static_cast<double>(time[at]) + (label == nullptr ? 0.0 : static_cast<double>(label[at]));

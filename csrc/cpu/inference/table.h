@@ -24,9 +24,13 @@
         to_float,                                                                                                      \
         moments,                                                                                                       \
         normalise,                                                                                                     \
+        normalise_pixels,                                                                                              \
         pack_columns,                                                                                                  \
         pack_rows,                                                                                                     \
         softmax,                                                                                                       \
+        key_weights,                                                                                                   \
+        merge,                                                                                                         \
+        row_weights,                                                                                                   \
         rescale_add,                                                                                                   \
         store_divided,                                                                                                 \
     };                                                                                                                 \

@@ -14,6 +14,7 @@ constexpr int kRegisters = 64 / DDPM_FAST_VECTOR_BYTES;
 typedef float Register __attribute__((vector_size(DDPM_FAST_VECTOR_BYTES)));
 typedef int32_t IntRegister __attribute__((vector_size(DDPM_FAST_VECTOR_BYTES)));
 constexpr int kLanes = DDPM_FAST_VECTOR_BYTES / 4;
+constexpr int kVecLanes = 16;
 
 inline __attribute__((always_inline)) Register splat_register(float s) {
 #if DDPM_FAST_VECTOR_BYTES == 64
@@ -148,6 +149,30 @@ DDPM_FAST_VEC load(const float* p) {
 inline __attribute__((always_inline)) void store(float* p, Vec v) {
   DDPM_FAST_EACH store_register(p + i * kLanes, v.r[i]);
 }
+
+// All sixteen joined into one.
+#if DDPM_FAST_VECTOR_BYTES == 64
+inline __attribute__((always_inline)) float largest(Vec v) { return _mm512_reduce_max_ps((__m512)v.r[0]); }
+inline __attribute__((always_inline)) float total(Vec v) { return _mm512_reduce_add_ps((__m512)v.r[0]); }
+#else
+template <typename Join>
+inline __attribute__((always_inline)) float joined(Vec v, const Join& join) {
+  float x[kVecLanes];
+  store(x, v);
+#pragma GCC unroll 4
+  for (int half = kVecLanes / 2; half > 0; half /= 2)
+#pragma GCC unroll 8
+    for (int i = 0; i < half; ++i)
+      x[i] = join(x[i], x[i + half]);
+  return x[0];
+}
+inline __attribute__((always_inline)) float largest(Vec v) {
+  return joined(v, [](float a, float b) { return a > b ? a : b; });
+}
+inline __attribute__((always_inline)) float total(Vec v) {
+  return joined(v, [](float a, float b) { return a + b; });
+}
+#endif
 
 #if DDPM_FAST_HALF
 struct BFloat16 {

@@ -1,0 +1,94 @@
+"""The exponential moving average of a model's weights, by the rule and with the state dict of ema-pytorch."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class EMA(nn.Module):
+    """A copy of `model`, `ema_model`, whose floating parameters and buffers follow the model's own.
+
+    Of the calls of `update`, counted from n = 0, only those that `update_every` divides do anything:
+
+        n <= update_after_step:  ema = weights
+        later:                   ema = decay ema + (1 - decay) weights
+                                 decay = clamp(1 - (1 + e / inv_gamma)^-power, min_value, beta), 0 where e <= 0
+                                 e = n - update_after_step
+
+    so that the average never contains the weights of the beginning, and looks back further as training goes on. The
+    first call copies. State dict: `initted`, `step` (calls so far), `online_model.*` (the model's own weights),
+    `ema_model.*`; files of ema-pytorch load here, those of old releases included, and ours load there.
+
+    Args:
+        model: what is averaged; kept, not copied, as `online_model`.
+        beta: the largest decay, 0..1.
+        update_every, update_after_step, inv_gamma, power, min_value: see above.
+    """
+
+    initted: Tensor
+    step: Tensor
+
+    def __init__(
+        self,
+        model: nn.Module,
+        beta: float = 0.9999,
+        *,
+        update_every: int = 10,
+        update_after_step: int = 100,
+        inv_gamma: float = 1.0,
+        power: float = 2 / 3,
+        min_value: float = 0.0,
+    ) -> None:
+        super().__init__()
+        if not 0.0 <= beta <= 1.0:
+            raise ValueError(f"beta must be in 0..1, got {beta}")
+        if update_every < 1:
+            raise ValueError(f"update_every must be at least 1, got {update_every}")
+        self.online_model = model
+        self.ema_model = copy.deepcopy(model).requires_grad_(False)
+        self.beta, self.update_every, self.update_after_step = beta, update_every, update_after_step
+        self.inv_gamma, self.power, self.min_value = inv_gamma, power, min_value
+        # The buffers are for the state dict. What is decided is decided by numbers of the host, which wait for nothing.
+        self.register_buffer("initted", torch.tensor(False))
+        self.register_buffer("step", torch.tensor(0))
+        self._initted, self._step = False, 0
+
+    def decay(self, step: int) -> float:
+        """How much of the average the call number `step` keeps."""
+        epoch = step - self.update_after_step
+        if epoch <= 0:
+            return 0.0
+        return float(min(max(1 - (1 + epoch / self.inv_gamma) ** -self.power, self.min_value), self.beta))
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """To be called after every optimiser step."""
+        step, first = self._step, not self._initted
+        self._step, self._initted = step + 1, True
+        self.step.fill_(self._step)
+        self.initted.fill_(True)
+        if not first and step % self.update_every:
+            return
+        average, current = self._floating(self.ema_model), self._floating(self.online_model)
+        if first or step <= self.update_after_step:
+            torch._foreach_copy_(average, current)
+        elif self.beta < 1:  # ema-pytorch leaves a beta of 1 out of the ramp as well
+            torch._foreach_lerp_(average, current, 1 - self.decay(step))
+
+    @staticmethod
+    def _floating(model: nn.Module) -> list[Tensor]:
+        return [tensor for tensor in (*model.parameters(), *model.buffers()) if tensor.is_floating_point()]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.ema_model(*args, **kwargs)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        for name in (prefix + "initted", prefix + "step"):
+            if name in state_dict:
+                state_dict[name] = state_dict[name].reshape(())  # old releases: shape (1,)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+        self._initted, self._step = bool(self.initted), int(self.step)
