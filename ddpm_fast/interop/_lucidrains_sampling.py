@@ -193,14 +193,13 @@ class Sampling(Process):
         if generator is not None:
             if seed is not None or first_sample:
                 raise ValueError("generator draws all noise: it excludes seed and first_sample; pass it alone")
-            device = sampler._device(None)
-            draw = drawing(generator, n, tuple(sizes), torch.float32, device)
+            draw = drawing(generator, n, tuple(sizes), torch.float32, self.device)
             noise = draw  # bound here: the function below must not see draw as optional
             # A seed, though none is used: the sampler would draw one, from what may be this very generator.
             arguments = {"x": draw(), "noise": lambda row, t: noise(), "seed": 0}
         elif every:
             seed = seed_of(seed)
-            x = ops.normal(n, sizes, seed=seed, first_sample=first_sample, device=sampler._device(None))
+            x = ops.normal(n, sizes, seed=seed, first_sample=first_sample, device=self.device)
             arguments = {"x": x, "seed": seed, "first_sample": first_sample}
         if every:
             images = [arguments["x"]]
