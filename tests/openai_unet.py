@@ -1,7 +1,7 @@
 """The U-Net of improved- and guided-diffusion in plain PyTorch, written from the published architecture.
 
-Its keys, layouts and formulas are the authority that `ddpm_fast.interop.openai` is held to; nothing is imported from the
-package. Weights are random everywhere, where OpenAI's start at zero, so that every layer shows in the output.
+Its keys, layouts and formulas are the authority that `ddpm_fast.interop.openai` is held to; nothing is imported from
+the package. Weights are random everywhere, where OpenAI's start at zero, so that every layer shows in the output.
 """
 
 from __future__ import annotations
@@ -116,7 +116,9 @@ class OpenAIUNet(nn.Module):
             return Residual(before, after, time_dim, dropout, scale_shift, change)
 
         def attention(channels, heads):
-            return SelfAttention(channels, heads if num_head_channels == -1 else channels // num_head_channels, new_order)
+            return SelfAttention(
+                channels, heads if num_head_channels == -1 else channels // num_head_channels, new_order
+            )
 
         c = width(multipliers[0])
         self.input_blocks = nn.ModuleList([nn.ModuleList([nn.Conv2d(in_channels, c, 3, padding=1)])])

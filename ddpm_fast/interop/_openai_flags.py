@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from ._openai_keys import head_count, resamples
+from ._openai_keys import resamples
 from ._weights import State
 
 CLASS = "UNetModel"
@@ -151,7 +151,9 @@ def shape_of(config: Mapping[str, Any]) -> Shape:
             raise ValueError(f"OpenAI's {CLASS} has no {name}={config[name]!r}, only {value!r}")
     attention = tuple(block.startswith("Attn") for block in config["down_block_types"])
     if attention != tuple(block.startswith("Attn") for block in reversed(config["up_block_types"])):
-        raise ValueError(f"OpenAI's {CLASS} has attention on the same levels on both ways, not {config['up_block_types']}")
+        raise ValueError(
+            f"OpenAI's {CLASS} has attention on the same levels on both ways, not {config['up_block_types']}"
+        )
     ways = [("down", level) for level in range(last)] + [("up", level) for level in range(1, last + 1)]
     updown = {resamples(config, way, level) for way, level in ways}
     if len(updown) > 1:
@@ -160,14 +162,16 @@ def shape_of(config: Mapping[str, Any]) -> Shape:
     groups = config["attn_norm_num_groups"] or (0 if shift else FIXED["norm_num_groups"])
     if groups != FIXED["norm_num_groups"]:
         raise ValueError(f"OpenAI's {CLASS} has no attn_norm_num_groups={groups or None}, only 32")
+    size = config["attention_head_dim"]
     for level, width in enumerate(config["block_out_channels"]):
-        for way in ("down", "up"):
-            if (attention[level] or level == last) and width % head_count(config, way, level):
-                raise ValueError(f"OpenAI's {CLASS} has heads that divide the {width} channels of level {level}")
+        if size and (attention[level] or level == last) and width % size:
+            raise ValueError(
+                f"OpenAI's {CLASS} has heads that divide the {width} channels of level {level}, not of {size}"
+            )
     features = config.get("time_proj_dim") or config["block_out_channels"][0]
     if config["time_embedding_dim"] not in (None, 4 * features):
         raise ValueError(
-            f"OpenAI's {CLASS} has time_embedding_dim 4 num_channels = {4 * features}, not {config['time_embedding_dim']}"
+            f"OpenAI's {CLASS} has a time_embedding_dim of {4 * features}, not {config['time_embedding_dim']}"
         )
     return Shape(
         config["in_channels"],
@@ -186,7 +190,7 @@ def shape_of(config: Mapping[str, Any]) -> Shape:
 
 
 def shape_of_weights(state: State, source: object) -> Shape:
-    """What the state dict of a `UNetModel` was made with. ValueError for one of another class, saying which it seems."""
+    """What the state dict of a `UNetModel` was made with. ValueError for one of another class, saying which."""
     _check_class(state, source)
     stem, end, ends = state["input_blocks.0.0.weight"], state["out.2.weight"], []
     inputs, outputs = (_count(state, name, source) for name in ("input_blocks", "output_blocks"))
@@ -201,7 +205,7 @@ def shape_of_weights(state: State, source: object) -> Shape:
     if inputs != outputs or per_level < 2 or ends != [per_level * (k + 1) - 1 for k in range(levels - 1)]:
         raise ValueError(
             f"{source} has {inputs} input_blocks and {outputs} output_blocks with upsampling after {ends or 'none'}, "
-            f"which no {CLASS} with convolutions or residual blocks for resampling has; conv_resample=False is not covered"
+            f"which no {CLASS} that resamples by convolutions or residual blocks has; conv_resample=False is none"
         )
     firsts = [f"input_blocks.{1 + level * per_level}" for level in range(levels)]
     for name in firsts:
@@ -272,7 +276,9 @@ def check_names(flags: Mapping[str, Any]) -> None:
                 raise ValueError(f"{name}={value!r} is not covered, only {UNCOVERED[name]!r}")
         elif name not in MODEL_FLAGS and name not in DIFFUSION_FLAGS:
             known = ", ".join((*MODEL_FLAGS, *DIFFUSION_FLAGS))
-            raise ValueError(f"{name!r} is no flag of improved- or guided-diffusion that is covered; covered are {known}")
+            raise ValueError(
+                f"{name!r} is no flag of improved- or guided-diffusion that is covered; covered are {known}"
+            )
 
 
 def heads_of(flags: Mapping[str, Any]) -> Heads:
@@ -280,7 +286,7 @@ def heads_of(flags: Mapping[str, Any]) -> Heads:
     number, channels = flags.get("num_heads", -1), flags.get("num_head_channels", -1)
     if number == channels == -1:
         raise ValueError(
-            "num_heads or num_head_channels is needed: the weights do not say how many heads attention has, nor how large"
+            "num_heads or num_head_channels is needed: the weights do not say how many heads attention has"
         )
     return Heads(number, flags.get("num_heads_upsample", -1), channels)
 
@@ -337,7 +343,7 @@ def multipliers(image_size: int | None, channel_mult: str | Sequence[float] | No
         return result
     if image_size not in MULTIPLIERS:
         raise ValueError(
-            f"image_size must be one of {', '.join(map(str, MULTIPLIERS))}, or channel_mult be given, got {image_size!r}"
+            f"image_size must be one of {', '.join(map(str, MULTIPLIERS))} without channel_mult, got {image_size!r}"
         )
     return MULTIPLIERS[image_size]
 

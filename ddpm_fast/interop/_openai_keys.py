@@ -1,7 +1,7 @@
 """The state dict of OpenAI's `UNetModel` and of `DDPMUNet`, each as the other's: the same numbers under other names.
 
 Only attention is laid out differently: q, k and v are one 1x1 convolution there, [3 c, c, 1], and three linear layers
-here, [c, c]. Its rows are [head][q, k, v][channel of the head], or with use_new_attention_order [q, k, v][head][channel].
+here, [c, c]. Its rows are [head][q, k, v][channel of the head], with use_new_attention_order [q, k, v][head][channel].
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ QKV = ("to_q", "to_k", "to_v")
 
 
 class Place(NamedTuple):
-    """A part of the network: our name, theirs, and for attention the number of heads; -1 is a residual block, 0 a layer."""
+    """A part of the network: our name, theirs; heads is -1 for a residual block, 0 for a layer, else attention's."""
 
     ours: str
     theirs: str
@@ -38,7 +38,7 @@ def resamples(config: Mapping[str, Any], way: str, level: int) -> bool:
     """Whether the level hands over by a residual block; way "down" or "up", level 0 the finest."""
     blocks = config[f"{way}_block_types"]
     block = blocks[level if way == "down" else len(blocks) - 1 - level]
-    return block.startswith("Resnet") or (block.startswith("Attn") and config[f"{way}sample_type"] == "resnet")
+    return bool(block.startswith("Resnet") or (block.startswith("Attn") and config[f"{way}sample_type"] == "resnet"))
 
 
 def head_count(config: Mapping[str, Any], way: str, level: int) -> int:

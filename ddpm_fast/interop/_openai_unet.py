@@ -23,7 +23,8 @@ class UNetModel(DDPMUNet):
     num_heads, num_heads_upsample (-1: the same), num_head_channels (not -1: heads of that size, however many).
     use_checkpoint is accepted and changes nothing; use_fp16 says nothing before `convert_to_fp16` is called.
     `state_dict` is a copy where it holds q, k and v of attention: write with `load_state_dict`, which takes OpenAI's
-    keys and `DDPMUNet`'s. Parameters have `DDPMUNet`'s names. ValueError for dims and conv_resample that are not covered.
+    keys and `DDPMUNet`'s. Parameters have `DDPMUNet`'s names. ValueError for values of dims and conv_resample that are
+    not covered.
     """
 
     def __init__(
@@ -103,11 +104,10 @@ class UNetModel(DDPMUNet):
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """OpenAI's keys; arguments as in `torch.nn.Module`."""
-        destination, prefix, keep = (*args, *(None, "", False)[len(args) :])
-        destination = kwargs.get("destination", destination)
-        prefix, keep = kwargs.get("prefix", prefix), kwargs.get("keep_vars", keep)
-        result = OrderedDict() if destination is None else destination
-        own = super().state_dict(keep_vars=keep)
+        given = {**dict(zip(("destination", "prefix", "keep_vars"), args, strict=False)), **kwargs}
+        own = super().state_dict(keep_vars=given.get("keep_vars", False))
+        result, prefix = given.get("destination"), given.get("prefix", "")
+        result = OrderedDict() if result is None else result
         for key, value in to_theirs(own, self.config, self.use_new_attention_order).items():
             result[f"{prefix}{key}"] = value
         return result

@@ -182,7 +182,7 @@ def fill_unet(
     device: torch.device | str | None,
 ) -> DDPMUNet:
     """The same with all of them in one dtype and on one device."""
-    return _fill(_bare(arguments), state, source, dtype=dtype, device=device)
+    return fill(_bare(arguments), state, source, dtype=dtype, device=device)
 
 
 def _bare(arguments: Mapping[str, Any]) -> DDPMUNet:
