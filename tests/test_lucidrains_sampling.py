@@ -263,6 +263,16 @@ class TestSubclasses:
         with pytest.raises(ValueError, match="Halved has steps of its own, whose noise is torch's: leave out seed"):
             made[1].sample(2, seed=0)
 
+    def test_with_a_loop_of_their_own(self) -> None:
+        class Grey(GaussianDiffusion):
+            def p_sample_loop(self, shape, return_all_timesteps=False):
+                return torch.full(shape, 0.5)
+
+        diffusion = Grey(Unet(8, dim_mults=(1,), attn_heads=1, attn_dim_head=8), image_size=4, timesteps=3)
+        assert torch.equal(diffusion.sample(2), torch.full((2, 3, 4, 4), 0.5))
+        with pytest.raises(TypeError, match="seed"):
+            diffusion.sample(2, seed=0)
+
     def test_without_any_are_fused(self) -> None:
         class Named(GaussianDiffusion):
             pass

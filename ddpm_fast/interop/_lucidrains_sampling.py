@@ -109,7 +109,10 @@ class Sampling(Process):
         """float32 (B, C, H, W), or (B, steps + 1, C, H, W) from x_T on; DDIM if sampling_timesteps < timesteps."""
         loop = self.ddim_sample if self.is_ddim_sampling else self.p_sample_loop
         shape = (batch_size, self.channels, *self.image_size)
-        return loop(shape, return_all_timesteps, seed=seed, first_sample=first_sample, generator=generator)
+        # Only what was given: a subclass may have a loop with the package's arguments alone.
+        ours = {"seed": seed, "first_sample": first_sample or None, "generator": generator}
+        given: Choices = {name: value for name, value in ours.items() if value is not None}
+        return loop(shape, return_all_timesteps=return_all_timesteps, **given)
 
     def p_sample_loop(
         self,
