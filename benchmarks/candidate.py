@@ -14,12 +14,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from networks import NETWORKS
+from networks import NETWORKS, Network
 from plain import Plain
 from torch import Tensor
 
-from ddpm_fast import Schedule, UNet
-from ddpm_fast.nn import DDPMUNet
+from ddpm_fast import Schedule
 
 WRONG = 0.2  # relative error of m from which on an output is called wrong and gets no speed
 CHECKED_AT = (999, 500)  # timesteps
@@ -39,7 +38,7 @@ class Case:
     network: str = "tutorial"
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
-    def build(self) -> UNet | DDPMUNet:
+    def build(self) -> Network:
         """The network: float32, in eval mode, on the CPU."""
         return NETWORKS[self.network].make(self.shape, **self.options)
 
@@ -52,7 +51,7 @@ class Problem:
     t_of_row: int64 [T + 1]; the last one is set by `look_at`.
     """
 
-    def __init__(self, case: Case, device: torch.device, unet: UNet | DDPMUNet | None = None) -> None:
+    def __init__(self, case: Case, device: torch.device, unet: Network | None = None) -> None:
         self.case, self.device = case, device
         self.unet = (case.build() if unet is None else unet).to(device)
         self.schedule = Schedule.linear(1000)
@@ -61,8 +60,9 @@ class Problem:
         generator = torch.Generator().manual_seed(1)
         self.x = torch.randn(case.n, *case.shape, generator=generator).to(device)
         self.labels = None
-        if self.unet.num_classes is not None:
-            self.labels = (torch.arange(case.n) % self.unet.num_classes).to(device)
+        classes = getattr(self.unet, "num_classes", None)
+        if classes is not None:
+            self.labels = (torch.arange(case.n) % classes).to(device)
         look = torch.tensor([[0, 0, 0, 0, 1, 0, 0, math.inf]])
         self.table = torch.cat([steps.table, look]).to(device)
         self.coefficients = self.table[:, [3, 4, 6]].contiguous()

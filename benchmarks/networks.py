@@ -2,6 +2,7 @@
 
     tutorial         `ddpm_fast.UNet`, baselines run it as a `PlainUNet`
     ddpm-cifar10-32  `ddpm_fast.nn.DDPMUNet`, the paper's; baselines run diffusers' UNet2DModel
+    lucidrains       `ddpm_fast.nn.RMSNormUNet` of dim 64; baselines run the Unet of denoising_diffusion_pytorch
 
 Deterministic: (shape, seed, options) decide every weight.
 """
@@ -14,14 +15,15 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from plain import PeerUNet, Plain, PlainUNet
+from plain import LucidrainsUNet, PeerUNet, Plain, PlainUNet
 from torch import Tensor, nn
 
 import ddpm_fast
 from ddpm_fast import UNet
-from ddpm_fast.nn import DDPMUNet
+from ddpm_fast.nn import DDPMUNet, RMSNormUNet, rms_blocks
 
 Shape = tuple[int, int, int]
+Network = UNet | DDPMUNet | RMSNormUNet
 
 
 def pictures(n: int, shape: Shape, seed: int = 0) -> Tensor:
@@ -117,12 +119,35 @@ def paper_network(shape: Shape, seed: int = 0, **config: Any) -> DDPMUNet:
     return unet
 
 
+@torch.no_grad()
+def lucidrains_network(shape: Shape, seed: int = 0, **options: Any) -> RMSNormUNet:
+    """float32, in eval mode, on the CPU. options: keywords of RMSNormUNet; dim is 64 unless given.
+
+    Every norm has gains of its own, and attention looks at some pixels more than at others.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        unet = RMSNormUNet(**{"dim": 64, "channels": shape[0], **options})
+        for name, part in unet.named_modules():
+            if isinstance(part, rms_blocks.RMSNorm):
+                part.g.uniform_(0.7, 1.3)
+            elif isinstance(part, nn.Conv2d) and name.endswith("to_qkv"):
+                q_k = part.weight[: 2 * len(part.weight) // 3]
+                q_k *= 2
+        _fit(unet, unet.final_conv, _noisy(32, shape, seed), None)
+    return unet
+
+
 @dataclasses.dataclass(frozen=True)
 class Kind:
     """make: (shape, **options) -> our network. plain: the same weights as the baselines run them."""
 
-    make: Callable[..., UNet | DDPMUNet]
+    make: Callable[..., Network]
     plain: Callable[[Any], Plain]
 
 
-NETWORKS = {"tutorial": Kind(tutorial_network, PlainUNet), "ddpm-cifar10-32": Kind(paper_network, PeerUNet)}
+NETWORKS = {
+    "tutorial": Kind(tutorial_network, PlainUNet),
+    "ddpm-cifar10-32": Kind(paper_network, PeerUNet),
+    "lucidrains": Kind(lucidrains_network, LucidrainsUNet),
+}

@@ -2,6 +2,7 @@
 
 PlainUNet  the tutorial's U-Net, in torch functions
 PeerUNet   the paper's U-Net: diffusers' own UNet2DModel
+LucidrainsUNet  lucidrains' U-Net: the package's own Unet
 """
 
 from __future__ import annotations
@@ -13,13 +14,13 @@ from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
-from packages import package
+from packages import lucidrains, package
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 import ddpm_fast
 from ddpm_fast import UNet
-from ddpm_fast.nn import DDPMUNet
+from ddpm_fast.nn import DDPMUNet, RMSNormUNet
 
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -136,6 +137,52 @@ class PeerUNet(Plain):
     def forward(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
         y: Tensor = self.net(x, t, class_labels=labels, return_dict=False)[0]
         return y
+
+
+class LucidrainsUNet(Plain):
+    """The package's own Unet with the config and the weights of a `ddpm_fast.nn.RMSNormUNet`, whose keys are the same.
+
+    Its sinusoids are float32 and are cast to the dtype of the layer behind them; without that only float32 runs.
+    """
+
+    what = "lucidrains' own Unet"
+
+    def __init__(self, unet: RMSNormUNet) -> None:
+        super().__init__()
+        with torch.device(unet.device):
+            self.net = lucidrains().Unet(**unet.config)
+        self.net.load_state_dict(unet.state_dict(), strict=True)
+        mlp: Any = self.net.time_mlp
+        mlp[0] = _Cast(mlp[0], mlp[1])
+
+    def sinusoids(self, t: Tensor) -> Tensor:
+        net: Any = self.net
+        waves: Tensor = net.time_mlp[0].features(t)
+        return waves
+
+    def at(self, x: Tensor, t_emb: Tensor, labels: Tensor | None = None) -> Tensor:
+        told: Any = self.net.get_submodule("time_mlp.0")
+        own, told.features = told.features, _Given(t_emb)
+        try:
+            return self(x, t_emb[:, 0])
+        finally:
+            told.features = own
+
+    def forward(self, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
+        y: Tensor = self.net(x, t)
+        return y
+
+
+class _Cast(nn.Module):
+    """features(t) in the dtype that a linear layer has, whatever it may be cast to."""
+
+    def __init__(self, features: nn.Module, linear: nn.Linear) -> None:
+        super().__init__()
+        self.features, self.like = features, [linear]  # in a list: it has its place among the modules
+
+    def forward(self, t: Tensor) -> Tensor:
+        waves: Tensor = self.features(t)
+        return waves.to(self.like[0].weight.dtype)
 
 
 class _Given(nn.Module):

@@ -20,12 +20,13 @@ SCHEMA = 1
 STATUSES = ("ok", "inaccurate", "wrong", "missing")
 OURS = ("F16", "S16", "F32", "S32")
 
-TUTORIAL, PAPER = "tutorial 3x32x32", "ddpm-cifar10-32"
+TUTORIAL, PAPER, LUCIDRAINS = "tutorial 3x32x32", "ddpm-cifar10-32", "lucidrains 3x32x32"
 # At the least, for the fused plan in bfloat16 on a CPU: case -> (baseline, n or None for every n) -> ratio of times.
 TARGETS: dict[str, dict[tuple[str, int | None], float]] = {
     TUTORIAL: {("C16", 1): 1.35}
     | {(i, n): r for n in (16, 64) for i, r in (("C16", 1.5), ("OV16", 1.3), ("E32", 5.0))},
     PAPER: {("C16", 16): 1.5, ("D32", None): 1.0, ("D16", None): 1.0},
+    LUCIDRAINS: {("C16", 16): 1.3, ("C16", None): 1.0, ("L32", None): 1.0, ("L16", None): 1.0},
 }
 HOST_TARGET = 5.0  # of the host time of `scheduler.step`
 

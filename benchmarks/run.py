@@ -1,6 +1,6 @@
 """The whole benchmark: ops, sampling steps, drift and schedulers, ours against every baseline, each checked first.
 
-    python benchmarks/run.py [--quick] [--only ops|sampler|paper|variants|drift|host] [--variants] [--n 1,16]
+    python benchmarks/run.py [--quick] [--only ops|sampler|paper|lucidrains|variants|drift|host] [--variants] [--n 1,16]
                              [--out FILE.json]
 
 Prints tables as it goes and writes benchmarks/results/<machine>.json, which benchmarks/report.py turns into Markdown
@@ -26,7 +26,7 @@ import sampler
 import torch
 from machine import progress
 
-SECTIONS = ("ops", "sampler", "paper", "variants", "drift", "host")
+SECTIONS = ("ops", "sampler", "paper", "lucidrains", "variants", "drift", "host")
 DRIFT_CANDIDATES = ("F16", "F32", "S16", "E16", "C16", "OV16")
 
 
@@ -57,7 +57,10 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--only", choices=SECTIONS, action="append", help="this section; may be repeated")
     result.add_argument("--variants", action="store_true", help="also other widths, depths, sizes, labels (long)")
     result.add_argument(
-        "--n", type=_numbers, metavar="N,N,...", help="batches; default 1,16,64,256, of the paper's 1,16,64"
+        "--n",
+        type=_numbers,
+        metavar="N,N,...",
+        help="batches; default 1,16,64,256, of the others' networks 1,16,64 and 1,4,16,64",
     )
     result.add_argument("--candidates", type=_names, metavar="ID,ID,...", help=", ".join(sampler.CANDIDATES))
     result.add_argument("--without-fused", action="store_true", help="leave the fused plan out")
@@ -142,6 +145,10 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         for n in options.n or ([1] if options.quick else [1, 16, 64]):
             names = _candidates(options, sampler.for_paper(n, device, quick=options.quick))
             todo.append((sampler.paper(n), names))
+    if "lucidrains" in sections:
+        for n in options.n or ([1] if options.quick else [1, 4, 16, 64]):
+            names = _candidates(options, sampler.for_lucidrains(n, device, quick=options.quick))
+            todo.append((sampler.lucidrains(n), names))
     if "variants" in sections:
         names = _candidates(options, sampler.FOR_VARIANTS)
         todo += [(case, names) for n in (options.n or [16]) for case in sampler.variants(n)]

@@ -11,11 +11,12 @@ import torch
 from baselines import Eager16, Eager32, Graph16
 from candidate import Candidate, Case, Problem, check
 from inductor import Compiled
+from lucidrains import Lucidrains
 from machine import progress
 from ours import Ours
 from packages import Missing
 from peers import Diffusers, OpenVINO
-from results import PAPER, TUTORIAL, best_baseline, finite, ours, speed, speed_up
+from results import LUCIDRAINS, PAPER, TUTORIAL, best_baseline, finite, ours, speed, speed_up
 from timing import Timing, interleaved_rounds, step_rounds
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -38,6 +39,8 @@ CANDIDATES: dict[str, Callable[[], Candidate]] = {
     "OV32": lambda: OpenVINO(torch.float32),
     "D32": Diffusers,
     "D16": lambda: Diffusers(torch.bfloat16),
+    "L32": Lucidrains,
+    "L16": lambda: Lucidrains(torch.bfloat16),
 }
 ON_CPU = ("F16", "F32", "S16", "E32", "E16", "C16", "OV16", "D32")
 ON_GPU = ("F16", "F32", "S16", "E32", "E16", "G16", "C16", "D32", "D16")
@@ -47,6 +50,10 @@ FOR_VARIANTS = ("F16", "E16", "G16", "C16", "OV16")
 PAPER_ON_CPU = ("F16", "F32", "S16", "E16", "C16", "OV16", "D32", "D16")
 PAPER_IN_LARGE = ("F16", "C16", "OV16", "D32", "D16")
 PAPER_QUICK = ("F16", "E16", "OV16", "D32", "D16")
+LUCIDRAINS_ON_CPU = ("F16", "F32", "S16", "E32", "E16", "C16", "OV16", "L32", "L16")
+LUCIDRAINS_ON_GPU = ("F16", "F32", "S16", "E32", "E16", "G16", "C16", "L32", "L16")
+LUCIDRAINS_IN_LARGE = ("F16", "C16", "OV16", "L32", "L16")
+LUCIDRAINS_QUICK = ("F16", "E16", "OV16", "L32", "L16")
 
 
 def tutorial(n: int) -> Case:
@@ -59,11 +66,23 @@ def paper(n: int) -> Case:
     return Case(PAPER, n, network=PAPER)
 
 
+def lucidrains(n: int) -> Case:
+    """The network of denoising_diffusion_pytorch's first example, dim 64, which baselines run as its own Unet."""
+    return Case(LUCIDRAINS, n, network="lucidrains")
+
+
 def for_paper(n: int, device: torch.device, *, quick: bool = False) -> tuple[str, ...]:
     """The candidates that run by default at this batch of the paper's network."""
     if device.type == "cuda":
         return ON_GPU
     return PAPER_QUICK if quick else PAPER_ON_CPU if n <= 16 else PAPER_IN_LARGE
+
+
+def for_lucidrains(n: int, device: torch.device, *, quick: bool = False) -> tuple[str, ...]:
+    """The candidates that run by default at this batch of lucidrains' network."""
+    if device.type == "cuda":
+        return LUCIDRAINS_ON_GPU
+    return LUCIDRAINS_QUICK if quick else LUCIDRAINS_ON_CPU if n <= 16 else LUCIDRAINS_IN_LARGE
 
 
 def variants(n: int) -> list[Case]:

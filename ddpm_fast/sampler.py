@@ -71,11 +71,11 @@ class Sampler:
         instead; False never captures. A captured model's Python runs once and its kernels every step, so a model whose
         Python decides something from step to step needs False. Weights are read in place: new values loaded into them
         are seen, and weights that move are noticed. At most 4 graphs are kept; `clear_graphs` frees them.
-    fused: run a network that `ddpm_fast.inference` knows (`UNet`, `DDPMUNet`, diffusers' `UNet2DModel`) by its fused
-        plan: `dtype` is then what the plan computes in (float32, bfloat16, float16), and the network is fed the float32
-        state. The first run of a batch and image size spends seconds on a trial. Any other model runs as it is: the
-        property `fused` says whether there is a plan, `not_fused_because` why not. Weights that changed are read again
-        at every run.
+    fused: run a network that `ddpm_fast.inference` knows (our U-Nets, diffusers' `UNet2DModel`, lucidrains' `Unet`) by
+        its fused plan: `dtype` is then what the plan computes in (float32, bfloat16, float16), and the network is fed
+        the float32 state. The first run of a batch and image size spends seconds on a trial. Any other model runs as it
+        is: the property `fused` says whether there is a plan, `not_fused_because` why not. Weights that changed are
+        read again at every run.
     """
 
     def __init__(

@@ -20,6 +20,8 @@ OPS = [
     "add_bias_temb",
     "group_norm_silu",
     "group_norm_silu_backward",
+    "rms_norm_silu",
+    "rms_norm_silu_backward",
 ]
 
 pytestmark = [

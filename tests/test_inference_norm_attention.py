@@ -147,7 +147,7 @@ class Attend:
         n, tokens, c = y.shape
         program = extension._C.Program(COLUMNS)
         source, target = (qkv.data_ptr(), qkv.stride(1)), (y.data_ptr(), y.stride(1))
-        program.attention(isa, n, tokens, c, self.heads, self.scale_of(c), *source, *target)
+        program.attention(isa, n, tokens, c, self.heads, self.scale_of(c), 0, 0, 0, *source, *target)
         Tables(n, labels=False).run(program, threads)
         return y
 
@@ -239,7 +239,7 @@ class TestBadInput:
     @staticmethod
     def attention(*, n=1, tokens=4, c=32, heads=2, scale=1.0) -> None:
         isa = next(iter(DTYPES))
-        extension._C.Program(COLUMNS).attention(isa, n, tokens, c, heads, scale, 0, 3 * c, 0, c)
+        extension._C.Program(COLUMNS).attention(isa, n, tokens, c, heads, scale, 0, 0, 0, 0, 3 * c, 0, c)
 
     @pytest.mark.parametrize(
         ("arguments", "message"),

@@ -1,10 +1,13 @@
-"""RMSNorm, linear attention and attention with memory tokens of the CPU layers against float64, for every instruction
-set that can be used here.
+"""RMSNorm and the 2x2 and 7x7 convolutions of the CPU layers against float64, for every instruction set that can be
+used here.
 
 Layers run through `_C.Program` as in a plan, on slices of wider buffers with guard values around what they write.
 """
 
 from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -24,6 +27,8 @@ from torch import Tensor
 
 from ddpm_fast.backends import native as extension
 from ddpm_fast.inference import native
+from ddpm_fast.inference.candidate import Frame, Packs, Place
+from ddpm_fast.inference.network import Buffer, Conv, Down, Layer, Slice
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="the extension has no inference layers here")
 
@@ -127,6 +132,93 @@ class TestNorm:
         assert torch.equal(alone, expected[:1])
 
 
+def ran(layer: Layer, isa: str, x: Tensor | None, y: Tensor, run: Frame, size: tuple[int, int]) -> None:
+    """The layer's only kind for this instruction set, from x (None: the image) to y."""
+    kinds = {one.kind for one in native.candidates(layer, y.shape[0], *size, y.dtype, torch.device("cpu"))}
+    assert len(kinds) == 1
+    place = Place(y.shape[0], *size, y.dtype, torch.device("cpu"), x, y, None, COLUMNS, Packs())
+    native.Native(kinds.pop(), isa).prepare(layer, place)(run)
+
+
+def frame(n: int, x: Tensor) -> Frame:
+    tables = Tables(n, labels=False)
+    return Frame(x, torch.empty_like(x), tables.time, tables.rows)
+
+
+@contextlib.contextmanager
+def torch_threads(count: int) -> Iterator[None]:
+    """So many threads inside."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("isa", DTYPES)
+class TestDown:
+    @pytest.mark.parametrize(
+        ("n", "h", "w", "c", "out"),
+        [(1, 2, 2, 16, 16), (3, 6, 10, 48, 80), (2, 16, 32, 64, 128), (1, 4, 4, 32, 272), (5, 2, 4, 80, 48)],
+    )
+    def test_matches_float64(self, isa, n, h, w, c, out) -> None:
+        dtype = DTYPES[isa]
+        weight = (random(out, c, 2, 2, seed=1) * (4 * c) ** -0.5).to(dtype).float()
+        bias, part = random(out, seed=2), Slice(Buffer("any", c, 0), 0, c)
+        layer = Down("down", weight, bias, part, Slice(Buffer("any", out, 1), 0, out))
+        source, x = slice_of(random(n, h, w, c, seed=3, dtype=dtype))
+        exact = F.conv2d(x.permute(0, 3, 1, 2).double(), weight.double(), bias.double(), stride=2).permute(0, 2, 3, 1)
+        target, y = slice_of(torch.zeros(n, h // 2, w // 2, out, dtype=dtype), before=16, after=40)
+        first = None
+        for count in (1, 2, 3):
+            with torch_threads(count):
+                ran(layer, isa, x, y, frame(n, random(n, 3, h, w, seed=4)), (h, w))
+            assert relative_error(y, exact) < NORM_TOLERANCE[dtype]
+            assert first is None or torch.equal(y, first)
+            first = y.clone()
+        assert guards_hold(target, y)
+        assert guards_hold(source, x)
+
+
+@pytest.mark.parametrize("isa", DTYPES)
+class TestStem:
+    """The 7x7 convolution of the image."""
+
+    @pytest.mark.parametrize(
+        ("n", "h", "w", "c", "out"),
+        [
+            (1, 1, 1, 3, 16),
+            (2, 5, 7, 3, 48),
+            (1, 32, 32, 6, 64),
+            (3, 8, 4, 1, 32),
+            (1, 3, 40, 4, 80),
+            (2, 16, 18, 2, 16),
+        ],
+    )
+    @pytest.mark.parametrize(("silu", "timed"), [(False, False), (True, True)])
+    def test_matches_float64(self, isa, n, h, w, c, out, silu, timed) -> None:
+        dtype = DTYPES[isa]
+        weight = (random(out, c, 7, 7, seed=1) * (49 * c) ** -0.5).to(dtype).float()
+        bias, part = random(out, seed=2), Slice(Buffer("any", out, 0), 0, out)
+        layer = Conv("stem", weight, bias, None, part, silu, temb=SCALE_COLUMN if timed else None)
+        x = random(n, c, h, w, seed=3)
+        exact = F.conv2d(x.to(dtype).double(), weight.double(), bias.double(), padding=3)
+        exact = (F.silu(exact) if silu else exact).permute(0, 2, 3, 1)
+        if timed:
+            exact = exact + Tables(n, labels=False).columns(SCALE_COLUMN, out)[:, None, None]
+        target, y = slice_of(torch.zeros(n, h, w, out, dtype=dtype), before=16, after=40)
+        kept, first = x.clone(), None
+        for count in (1, 2, 3):
+            with torch_threads(count):
+                ran(layer, isa, None, y, frame(n, x), (h, w))
+            assert relative_error(y, exact) < NORM_TOLERANCE[dtype]
+            assert first is None or torch.equal(y, first)
+            first = y.clone()
+        assert guards_hold(target, y)
+        assert torch.equal(x, kept)
+
+
 class TestBadInput:
     @staticmethod
     def norm(*, n=1, h=2, w=2, c=32, eps=1e-12, columns=(-1, -1)) -> None:
@@ -145,6 +237,14 @@ class TestBadInput:
     def test_norm(self, arguments, message) -> None:
         with pytest.raises(ValueError, match=message):
             self.norm(**arguments)
+
+    def test_down_needs_even_sizes(self) -> None:
+        isa = next(iter(DTYPES))
+        with pytest.raises(ValueError, match="kind down needs an even height and width, got 3x2"):
+            extension._C.Program(COLUMNS).pixelwise("down", isa, 1, 3, 2, 16, 16, 0, 16, 0, 0, 0, 16, 0, 0)
+        part = Slice(Buffer("any", 16, 0), 0, 16)
+        layer = Down("down", random(16, 16, 2, 2, seed=1), random(16, seed=2), part, part)
+        assert native.candidates(layer, 1, 3, 2, torch.float32, torch.device("cpu")) == []
 
     def test_what_fits_is_taken(self) -> None:
         self.norm()

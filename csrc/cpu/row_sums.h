@@ -19,8 +19,8 @@ DDPM_FAST_HD void fold(float* lanes) {
   }
 }
 
-// sums[k][row] += the sums over each row
-template <int kLanes, typename Terms>
+// sums[k][row] += the sums over each row; kWhole: its length is a multiple of kLanes, which so stay in registers
+template <int kLanes, bool kWhole, typename Terms>
 DDPM_FAST_HD void sum_along(const Terms& terms, double* const* sums, int64_t rows, int64_t length) {
   for (int64_t r = 0; r < rows; ++r) {
     float lanes[Terms::kSums * kLanes] = {};
@@ -29,7 +29,7 @@ DDPM_FAST_HD void sum_along(const Terms& terms, double* const* sums, int64_t row
       for (int j = 0; j < kLanes; ++j)
         terms.template add<kLanes>(lanes + j, r, i + j, r);
     }
-    for (int j = 0; i + j < length; ++j)
+    for (int j = 0; !kWhole && i + j < length; ++j)
       terms.template add<kLanes>(lanes + j, r, i + j, r);
     for (int k = 0; k < Terms::kSums; ++k) {
       fold<kLanes>(lanes + k * kLanes);
@@ -56,8 +56,14 @@ DDPM_FAST_HD void sum_columns(const Terms& terms, double* const* sums, int64_t r
 template <typename Terms>
 DDPM_FAST_HD void sum_rows(const Terms& terms, double* const* sums, const Rows& rows, bool across) {
   constexpr int kNarrow = 16, kWide = 32;
-  if (!across && rows.length < 2 * kWide) return sum_along<kNarrow>(terms, sums, rows.count, rows.length);
-  if (!across) return sum_along<kWide>(terms, sums, rows.count, rows.length);
+  if (!across && rows.length < 2 * kWide) {
+    return rows.length % kNarrow == 0 ? sum_along<kNarrow, true>(terms, sums, rows.count, rows.length)
+                                      : sum_along<kNarrow, false>(terms, sums, rows.count, rows.length);
+  }
+  if (!across) {
+    return rows.length % kWide == 0 ? sum_along<kWide, true>(terms, sums, rows.count, rows.length)
+                                    : sum_along<kWide, false>(terms, sums, rows.count, rows.length);
+  }
   int64_t i = 0;
   for (; i + kWide <= rows.length; i += kWide)
     sum_columns<kWide, true>(terms, sums, rows.count, i, kWide);

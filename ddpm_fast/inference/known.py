@@ -29,6 +29,7 @@ KNOWN: dict[type, tuple[Check, Reader]] = {
 CONVERTED = {
     "diffusers.models.unets.unet_2d.UNet2DModel": ("ddpm_fast.interop._unets", "from_diffusers"),
     "ddpm_fast.interop._unet2d.UNet2DModel": ("ddpm_fast.interop._unets", "from_diffusers"),
+    "ddpm_fast.interop._openai_unet.UNetModel": ("ddpm_fast.interop._openai_unet", "twin"),
     "denoising_diffusion_pytorch.denoising_diffusion_pytorch.Unet": (
         "ddpm_fast.interop._lucidrains_unet",
         "from_lucidrains",

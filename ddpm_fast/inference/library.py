@@ -42,7 +42,7 @@ def candidates(
         case Norm():
             return [Library("group_norm_silu", tokens.norm)]
         case RMSNorm():
-            return [Library("rms_norm", tokens.rms_norm)]
+            return [Library("rms_norm_silu", tokens.rms_norm)]
         case Attention():
             return [Library("attention", tokens.attention)]
         case LinearAttention():

@@ -34,24 +34,19 @@ def norm(layer: Layer, place: Place) -> Bound:
 
 
 def rms_norm(layer: Layer, place: Place) -> Bound:
-    """In float32: a few passes, for channel counts that nothing better serves."""
     assert isinstance(layer, RMSNorm)
-    assert place.source is not None
     assert place.target is not None
-    part, source, target, residual = layer, place.source, place.target, place.residual
+    part, source, target = layer, source_of(layer, place), nchw(place.target)
+    residual = None if place.residual is None else nchw(place.residual)
+    weight = place.packs.get(layer, "without sqrt(c)", lambda: layer.weight / len(layer.weight) ** 0.5)
+    act: Literal["silu"] | None = "silu" if layer.silu else None
 
     def run(frame: Frame) -> None:
-        weight, shift = part.weight, None
+        scale = shift = None
         if part.modulation is not None:
-            scale, shift = frame.temb(part.modulation, 2 * len(weight))[:, None, None].chunk(2, dim=3)
-            weight = weight * (1 + scale)
-        x = source.float()
-        y = x * torch.linalg.vector_norm(x, dim=3, keepdim=True).clamp_min(part.eps).reciprocal() * weight
-        if shift is not None:
-            y += shift
-        if part.silu:
-            y = F.silu(y)
-        target.copy_(y if residual is None else y + residual)
+            scale, shift = frame.temb(part.modulation, 2 * len(weight)).chunk(2, dim=1)
+        y = ops.rms_norm_silu(source(frame), weight, scale=scale, shift=shift, residual=residual, eps=part.eps, act=act)
+        target.copy_(y)
 
     return run
 

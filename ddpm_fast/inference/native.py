@@ -20,6 +20,8 @@ STORED = {torch.bfloat16: "bf16", torch.float32: "f32"}
 TRIED_ISAS = {"bf16": 2, "f32": 1}  # best first; a matrix unit does not win everywhere, wider vectors do
 MULTIPLE = 16  # of channels, the image's own apart
 KINDS = ("point", "window", "winograd", "direct")
+Product = Conv | Up | Down | Linear | Output  # layers that multiply by packed weights
+Address = tuple[int, int]  # of a view's first pixel, and elements from pixel to pixel
 ONLY_AT = {"point": (1, 1), "window": (2, 2)}  # pixels of an image
 
 
@@ -61,10 +63,6 @@ class Native:
 
 def candidates(layer: Layer, n: int, h: int, w: int, dtype: torch.dtype, device: torch.device) -> list[Candidate]:
     """What can serve this layer here, in the order in which `deterministic` takes them. h, w: of its source."""
-    if isinstance(layer, (Down, LinearAttention)) or (isinstance(layer, Attention) and layer.memory is not None):
-        return []
-    if isinstance(layer, Conv) and layer.weight.shape[-1] != 3:
-        return []
     if device.type != "cpu" or any(count % MULTIPLE for count in _own_channels(layer)):
         return []
     kinds = _kinds(layer, h, w)
@@ -83,11 +81,17 @@ def _kinds(layer: Layer, h: int, w: int) -> list[str]:
             return ["doubled"]
         case Conv(resample="down"):
             return ["strided"] if layer.padding or min(h, w) > 1 else []
+        case Conv(source=None) if layer.weight.shape[-1] == 7:
+            return ["first7x7"]
         case Conv():
             if layer.pooled is not None and (h % 2 or w % 2):
                 return []
             kinds = ["first"] if layer.source is None else list(KINDS)
             return [kind for kind in kinds if ONLY_AT.get(kind, (h, w)) == (h, w)]
+        case Down():
+            return [] if h % 2 or w % 2 else ["down"]
+        case LinearAttention() if layer.target.channels % (MULTIPLE * layer.heads):
+            return []
         case Output():
             return ["output" if layer.weight.shape[-1] == 1 else "output3x3"]
         case _:
@@ -100,7 +104,7 @@ class NativeLayer:
     def __init__(self, kind: str, isa: str, layer: Layer, place: Place) -> None:
         self.kind, self.isa, self.layer, self.place = kind, isa, layer, place
         self.packed: Tensor | None = None
-        if isinstance(layer, (Conv, Up, Linear, Output)):
+        if not isinstance(layer, (Norm, RMSNorm, Attention, LinearAttention)):
             self.packed = place.packs.get(layer, (kind, isa), functools.partial(_pack, kind, isa, layer))
         self._own: Run | None = None
 
@@ -109,31 +113,39 @@ class NativeLayer:
         layer, place = self.layer, self.place
         size = (place.n, place.h, place.w)
         source, target, residual = _where(place.source), _where(place.target), _where(place.residual)
-        if isinstance(layer, Attention):
-            channels = (layer.target.channels, layer.heads, layer.scale)
-            program.attention(self.isa, place.n, place.h * place.w, *channels, *source, *target)
-            return
-        if isinstance(layer, RMSNorm):
-            columns = _columns(layer)
-            scaled = (layer.eps, *source, layer.weight.data_ptr(), layer.silu, *columns)
-            program.rms_norm(self.isa, *size, layer.target.channels, *scaled, *residual, *target)
-            return
-        if isinstance(layer, Norm):
-            weights = (layer.weight.data_ptr(), layer.bias.data_ptr())
-            channels = (layer.target.channels, layer.groups, layer.eps)
-            program.norm(self.isa, *size, *channels, *source, *weights, layer.silu, *_columns(layer), *target)
-            return
+        channels = 0 if isinstance(layer, Output) else layer.target.channels
+        match layer:
+            case Attention():
+                what = (channels, layer.heads, layer.scale, *_memory(layer))
+                program.attention(self.isa, place.n, place.h * place.w, *what, *source, *target)
+            case LinearAttention():
+                what = (channels, layer.heads, layer.scale, *_memory(layer))
+                program.linear_attention(self.isa, place.n, place.h * place.w, *what, *source, *target)
+            case RMSNorm():
+                affine = (layer.weight.data_ptr(), layer.silu, *_columns(layer))
+                program.rms_norm(self.isa, *size, channels, layer.eps, *source, *affine, *residual, *target)
+            case Norm():
+                weights = (layer.weight.data_ptr(), layer.bias.data_ptr(), layer.silu, *_columns(layer))
+                program.norm(self.isa, *size, channels, layer.groups, layer.eps, *source, *weights, *target)
+            case _:
+                self._add_product(layer, program, size, (source, target, residual))
+
+    def _add_product(
+        self, layer: Product, program: Any, size: tuple[int, int, int], ends: tuple[Address, Address, Address]
+    ) -> None:
         assert self.packed is not None
-        assert isinstance(layer, (Conv, Up, Linear, Output))
+        source, target, residual = ends
         out, c = _channels(layer)
         what = (self.kind, self.isa, *size, c, out, *source, self.packed.data_ptr(), layer.bias.data_ptr())
-        if isinstance(layer, Conv):
-            temb = -1 if layer.temb is None else layer.temb
-            program.conv(*what, layer.silu, temb, layer.padding, *target, *_where(place.pooled), *residual)
-        elif isinstance(layer, (Up, Linear)):
-            program.pixelwise(*what, *target, *residual)
-        else:
-            program.output(*what)
+        match layer:
+            case Conv():
+                temb = -1 if layer.temb is None else layer.temb
+                pooled = _where(self.place.pooled)
+                program.conv(*what, layer.silu, temb, layer.padding, *target, *pooled, *residual)
+            case Output():
+                program.output(*what)
+            case _:
+                program.pixelwise(*what, *target, *residual)
 
     def __call__(self, frame: Frame) -> None:
         if self._own is None:
@@ -147,13 +159,21 @@ def _columns(layer: Norm | RMSNorm) -> tuple[int, int]:
     return (-1, -1) if first is None else (first, first + layer.target.channels)
 
 
-def _channels(layer: Conv | Up | Linear | Output) -> tuple[int, int]:
+def _memory(layer: Attention | LinearAttention) -> tuple[int, int, int]:
+    """Where the memory's keys and values are, and how many tokens it has; zeros for none."""
+    if layer.memory is None:
+        return (0, 0, 0)
+    keys, values = layer.memory
+    return keys.data_ptr(), values.data_ptr(), keys.shape[-1 if isinstance(layer, LinearAttention) else -2]
+
+
+def _channels(layer: Product) -> tuple[int, int]:
     """(out, in); a transposed convolution keeps its weight the other way round."""
     first, second = layer.weight.shape[:2]
     return (second, first) if isinstance(layer, Up) else (first, second)
 
 
-def _pack(kind: str, isa: str, layer: Conv | Up | Linear | Output) -> Tensor:
+def _pack(kind: str, isa: str, layer: Product) -> Tensor:
     """The layer's weights as that kind of layer reads them. Holds on to nothing but the layer: it outlives plans."""
     out, c = _channels(layer)
     packed = torch.zeros(extension._C.packed_bytes(kind, isa, out, c), dtype=torch.uint8)
@@ -162,7 +182,7 @@ def _pack(kind: str, isa: str, layer: Conv | Up | Linear | Output) -> Tensor:
     return packed
 
 
-def _where(view: Tensor | None) -> tuple[int, int]:
+def _where(view: Tensor | None) -> Address:
     """Address and pixel stride; 0, 0 for none."""
     return (0, 0) if view is None else (view.data_ptr(), pixel_stride(view))
 

@@ -22,7 +22,8 @@ from .network import Layer
 
 ROUNDS = 5  # timings per candidate that is still in
 SECONDS, AT_LEAST = 1.2, 3  # for all rounds, but every candidate still in is timed so often whatever it takes
-HOPELESS, SLOWER = 2.0, 1.5  # times the best of two runs: out before the rounds, out after two of them
+HOPELESS, SLOWER = 2.0, 1.5  # times the best run: out before the rounds, out after two of them
+SECOND_CHANCES = 2  # runs before something is found hopeless
 CLOSE = 1.05  # within this of the fastest, what is listed first is taken, so that noise decides less
 APART = 1.15  # ours join up with their neighbours into one call, and wake no second set of threads: worth this much
 
@@ -99,13 +100,14 @@ class Alike:
         self.contenders = [contender for contender in self.contenders if contender.best <= limit * best]
 
     def enter(self, served: list[tuple[Candidate, Bound]], timer: Timer, frame: Frame) -> None:
-        """All that serve the first such layer, timed once; the hopeless leave at once."""
+        """All that serve the first such layer, timed once or a few times; the hopeless leave at once."""
         self.entered = [candidate for candidate, _ in served]
-        for candidate, bound in served:
-            contender = Contender(candidate, timer([bound], frame))
-            self.contenders.append(contender)
-            if contender.best > HOPELESS * min(other.best for other in self.contenders):
-                contender.seconds += timer([bound], frame)  # something may have come in between
+        self.contenders = [Contender(candidate, timer([bound], frame)) for candidate, bound in served]
+        for _ in range(SECOND_CHANCES):
+            limit = HOPELESS * min(contender.best for contender in self.contenders)
+            for contender, (_, bound) in zip(self.contenders, served, strict=True):
+                if contender.best > limit:  # or something came in between
+                    contender.seconds += timer([bound], frame)
         self.settle(HOPELESS)
         for contender in self.contenders:
             contender.seconds.clear()

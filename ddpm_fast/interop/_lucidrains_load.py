@@ -15,8 +15,8 @@ from ..nn import RMSNormUNet
 from ..schedule import Schedule
 from ._lucidrains_diffusion import GaussianDiffusion
 from ._lucidrains_learned import LearnedGaussianDiffusion, WeightedObjectiveGaussianDiffusion
-from ._lucidrains_schedule import SAME, SCHEDULES, objective_of, schedule_of
-from ._lucidrains_unet import BUFFERS, load_unet, unet_state
+from ._lucidrains_schedule import SAME, objective_of, schedule_of
+from ._lucidrains_unet import BUFFERS, load_unet
 from ._weights import read_file
 
 UNET_ARGUMENTS = frozenset(inspect.signature(RMSNormUNet).parameters)

@@ -80,7 +80,7 @@ def _their_config(net: DDPMUNet) -> dict[str, Any]:
     for name in OWN:
         if name in net.config:
             raise ValueError(
-                f"diffusers' {CLASS} has no {name}, which is {net.config[name]!r} here, and cannot express this network; "
+                f"diffusers' {CLASS} has no {name}, which is {net.config[name]!r} here, and so no such network; "
                 "keep it as a state dict, or with ddpm_fast.interop.openai.to_openai as an OpenAI checkpoint"
             )
     return {name: value for name, value in net.config.items() if not name.startswith("_")}
@@ -171,6 +171,18 @@ def save_unet(
 def build_unet(arguments: Mapping[str, Any], state: Mapping[str, Tensor], source: object) -> DDPMUNet:
     """A DDPMUNet of these arguments with copies of these tensors, each in its own dtype and on its own device."""
     return fill(_bare(arguments), new_keys(state), source)
+
+
+def fill_unet(
+    arguments: Mapping[str, Any],
+    state: Mapping[str, Tensor],
+    source: object,
+    *,
+    dtype: torch.dtype | None,
+    device: torch.device | str | None,
+) -> DDPMUNet:
+    """The same with all of them in one dtype and on one device."""
+    return fill(_bare(arguments), state, source, dtype=dtype, device=device)
 
 
 def _bare(arguments: Mapping[str, Any]) -> DDPMUNet:

@@ -124,6 +124,7 @@ def _safetensors(path: Path) -> Any:
 
 
 def read_file(path: Path) -> State:
+    """The state dict in one file: .safetensors, or what torch.save wrote, read as weights only."""
     if path.suffix == ".safetensors":
         library = _safetensors(path)
         try:

@@ -2,7 +2,7 @@
 
     from ddpm_fast.interop.lucidrains import GaussianDiffusion, Trainer, Unet
 
-The same names, signatures, defaults, state-dict keys and files, computed by ddpm_fast. See docs/lucidrains.md.
+The same names, signatures, defaults, state-dict keys and files, computed by ddpm_fast; right where the package is not.
 """
 
 from __future__ import annotations

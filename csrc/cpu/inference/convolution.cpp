@@ -1,8 +1,10 @@
-// 3x3 convolutions: gather or transform the input of a block of windows, multiply, finish.
+// 3x3 convolutions, and the 7x7 one of an image: gather or transform the input of a block of windows, multiply, finish.
 #include <algorithm>
+#include <cstring>
 #include <stdexcept>
 #include <string>
 
+#include "../../dispatch.h"
 #include "isa.h"
 #include "layers.h"
 
@@ -21,7 +23,8 @@ int64_t divided_up(int64_t value, int64_t by) { return (value + by - 1) / by; }
 
 // Rows of the matrix product that one window makes.
 int64_t rows_of_window(Kind kind) {
-  return kind == Kind::direct || kind == Kind::strided || kind == Kind::first ? 4 : 1;
+  const bool direct = kind == Kind::direct || kind == Kind::strided || kind == Kind::first || kind == Kind::first7x7;
+  return direct ? 4 : 1;
 }
 
 // Pixels of the target along one side.
@@ -32,6 +35,11 @@ int64_t out_size(Kind kind, int64_t size, int64_t padding) {
 // Elements from one position to the next. A line more than needed: at a multiple of 4 KiB all positions of a window
 // would fall into the same few sets of the cache.
 int64_t spread(int64_t elements, int64_t bytes) { return elements + kLine / bytes; }
+
+// What a row of windows side by side reads of the image for a 7x7 convolution: lines of so many elements, with one
+// more than there are for the product that needs an even number, rounded up to whole cache lines.
+constexpr int64_t kLines = 2 + 6;
+int64_t line_elements(int64_t windows, int64_t channels) { return up_to((2 * windows + 6) * channels + 1, kLine); }
 
 }  // namespace
 
@@ -55,18 +63,18 @@ Convolution::Convolution(
 )
     : Product(kind, kernels, sizes, packed, bias), ends_(ends),
       transformed_(kind == Kind::winograd || kind == Kind::window || kind == Kind::doubled),
-      pointers_(kind == Kind::direct || kind == Kind::strided), out_h_(out_size(kind, sizes.h, ends.padding)),
-      out_w_(out_size(kind, sizes.w, ends.padding)), rows_((out_h_ + 1) / 2), columns_((out_w_ + 1) / 2),
-      total_(sizes.n * rows_ * columns_),
+      pointers_(kind == Kind::direct || kind == Kind::strided || kind == Kind::first7x7),
+      out_h_(out_size(kind, sizes.h, ends.padding)), out_w_(out_size(kind, sizes.w, ends.padding)),
+      rows_((out_h_ + 1) / 2), columns_((out_w_ + 1) / 2), total_(sizes.n * rows_ * columns_),
       most_(
           transformed_
               ? std::clamp<int64_t>(kTransformedBytes / (packing_.positions * sizes.in * bytes_), 12, kMostWindows)
               : kMostWindows / 4
       ),
       zeros_(static_cast<size_t>(sizes.in * 4)) {
-  if (kind == Kind::up || kind == Kind::linear || kind == Kind::output || kind == Kind::output3x3)
+  if (kind == Kind::up || kind == Kind::down || kind == Kind::linear || kind == Kind::output || kind == Kind::output3x3)
     throw std::invalid_argument(
-        "a 3x3 convolution is of kind winograd, window, point, direct, strided, doubled or first"
+        "a convolution is of kind winograd, window, point, direct, strided, doubled, first or first7x7"
     );
   if (kind == Kind::strided && (out_h_ < 1 || out_w_ < 1))
     throw std::invalid_argument("kind strided without padding needs images of at least 2x2 pixels");
@@ -122,7 +130,10 @@ int64_t Convolution::scratch_bytes() const {
 }
 
 int64_t Convolution::gathered_bytes(int64_t windows) const {
-  if (pointers_) return 9 * 4 * windows * static_cast<int64_t>(sizeof(void*));
+  const int64_t pointers = packing_.positions * 4 * windows * static_cast<int64_t>(sizeof(void*));
+  // At the worst each window is the only one of its row of windows.
+  if (kind_ == Kind::first7x7) return pointers + windows * kLines * line_elements(1, sizes_.in) * bytes_;
+  if (pointers_) return pointers;
   if (kind_ == Kind::first) return 4 * windows * packing_.k * 4;
   return packing_.positions * spread(windows * sizes_.in, bytes_) * bytes_;
 }
@@ -184,6 +195,43 @@ void Convolution::gather_image(const Run& run, int64_t first, int64_t count, flo
   }
 }
 
+// For each window's pixels, seven rows of the product: of each line that the 7x7 neighbourhood touches, the seven
+// pixels with all channels. Neighbours share the lines, whose memory follows that of the pointers.
+void Convolution::gather_lines(const Run& run, int64_t first, int64_t count, char* gathered) const {
+  const int64_t c = sizes_.in;
+  const void** rows = reinterpret_cast<const void**>(gathered);
+  char* lines = gathered + packing_.positions * 4 * count * static_cast<int64_t>(sizeof(void*));
+  for (int64_t i = 0, together; i < count; i += together) {
+    const int64_t n = (first + i) / (rows_ * columns_), window = (first + i) % (rows_ * columns_);
+    const int64_t y = window / columns_ * 2, x = window % columns_ * 2;
+    together = std::min(count - i, columns_ - x / 2);
+    const int64_t bytes = line_elements(together, c) * bytes_;
+    for (int64_t line = 0; line < kLines; ++line)
+      copy_line(run.x + n * c * sizes_.h * sizes_.w, y + line - 3, x - 3, 2 * together + 6, lines + line * bytes);
+    for (int64_t ky = 0; ky < 7; ++ky)
+      for (int64_t q = 0; q < 4 * together; ++q)
+        rows[(ky * count + i) * 4 + q] = lines + (ky + q % 4 / 2) * bytes + (q / 4 * 2 + q % 2) * c * bytes_;
+    lines += kLines * bytes;
+  }
+}
+
+// `pixels` of line y of an image from x on as activations, channels last, and one zero; zeros outside of the image.
+void Convolution::copy_line(const float* image, int64_t y, int64_t x, int64_t pixels, char* line) const {
+  const int64_t h = sizes_.h, w = sizes_.w, c = sizes_.in;
+  std::memset(line, 0, static_cast<size_t>((pixels * c + 1) * bytes_));
+  if (y < 0 || y >= h) return;
+  const int64_t from = std::max<int64_t>(-x, 0), to = std::min(pixels, w - x);
+  for (int64_t channel = 0; channel < c; ++channel) {
+    const float* source = image + (channel * h + y) * w + x;
+    if (kernels_.half)
+      for (int64_t i = from; i < to; ++i)
+        reinterpret_cast<uint16_t*>(line)[i * c + channel] = bf16_from_float(source[i]);
+    else
+      for (int64_t i = from; i < to; ++i)
+        reinterpret_cast<float*>(line)[i * c + channel] = source[i];
+  }
+}
+
 void Convolution::finish(const Run& run, int64_t first, int64_t count, const Group& group, const float* m) const {
   const int64_t width = group.panels * kPanel, channel = group.first_panel * kPanel;
   const bool direct = rows_of_window(kind_) == 4;
@@ -235,6 +283,8 @@ void Convolution::work(int64_t item, const Run& run, char* scratch) const {
   g.a_stride = packing_.k;
   if (kind_ == Kind::first) {
     gather_image(run, first, count, reinterpret_cast<float*>(gathered));
+  } else if (kind_ == Kind::first7x7) {
+    gather_lines(run, first, count, gathered);
   } else if (kind_ == Kind::point) {
     g.a_stride = ends_.source.stride;
   } else {
@@ -242,7 +292,7 @@ void Convolution::work(int64_t item, const Run& run, char* scratch) const {
   }
   if (pointers_) {
     g.rows = reinterpret_cast<const void* const*>(gathered);
-    g.segments = 9;
+    g.segments = packing_.positions;
   }
   const auto multiply = kind_ == Kind::first ? float_kernels(kernels_).gemm : kernels_.gemm;
   const int64_t positions = transformed_ ? packing_.positions : 1;
@@ -250,7 +300,7 @@ void Convolution::work(int64_t item, const Run& run, char* scratch) const {
   for (int64_t i = groups * split / splits_; i < last; ++i) {
     const Group& group = packing_.groups[static_cast<size_t>(i)];
     g.panels = group.panels;
-    const int64_t bytes = packing_.position_elements(group) * (packing_.half ? 2 : 4) * (pointers_ ? 9 : 1);
+    const int64_t bytes = packing_.position_elements(group) * (packing_.half ? 2 : 4) * g.segments;
     for (int64_t position = 0; position < positions; ++position) {
       g.a = kind_ == Kind::point ? pixel(first, 0, 0) : gathered + position * spread(m * sizes_.in, bytes_) * bytes_;
       g.b = weights(group, position);

@@ -1,6 +1,7 @@
 // Pixelwise products and the output layer.
 #include <algorithm>
 #include <stdexcept>
+#include <string>
 
 #include "isa.h"
 #include "layers.h"
@@ -20,9 +21,13 @@ Pixelwise::Pixelwise(
     const void* packed, const float* bias
 )
     : Product(kind, kernels, sizes, packed, bias), source_(source), target_(target), residual_(residual),
-      blocks_(divided_up(sizes.n * sizes.h * sizes.w, kPixels)) {
-  if (kind != Kind::up && kind != Kind::linear)
-    throw std::invalid_argument("a pixelwise layer is of kind up or linear");
+      total_(sizes.n * sizes.h * sizes.w / (kind == Kind::down ? 4 : 1)), blocks_(divided_up(total_, kPixels)) {
+  if (kind != Kind::up && kind != Kind::down && kind != Kind::linear)
+    throw std::invalid_argument("a pixelwise layer is of kind up, down or linear");
+  if (kind == Kind::down && (sizes.h % 2 || sizes.w % 2))
+    throw std::invalid_argument(
+        "kind down needs an even height and width, got " + std::to_string(sizes.h) + "x" + std::to_string(sizes.w)
+    );
 }
 
 int64_t Pixelwise::cut(int threads) {
@@ -34,16 +39,28 @@ int64_t Pixelwise::cut(int threads) {
 int64_t Pixelwise::scratch_bytes() const { return kPixels * kGroupPanels * kPanel * 4; }
 
 void Pixelwise::work(int64_t item, const Run&, char* scratch) const {
-  const int64_t total = sizes_.n * sizes_.h * sizes_.w;
   const int64_t block = item % blocks_, split = item / blocks_;
-  const int64_t first = block * kPixels, m = std::min(kPixels, total - first);
+  const int64_t first = block * kPixels, m = std::min(kPixels, total_ - first);
   const int64_t groups = static_cast<int64_t>(packing_.groups.size()), last = groups * (split + 1) / splits_;
   void* out[kPixels];
   const void* residual[kPixels];
+  const void* rows[4 * kPixels];
   Gemm g;
-  g.a = static_cast<const char*>(source_.data) + first * source_.stride * bytes_;
-  g.a_stride = source_.stride;
   g.m = m;
+  if (kind_ == Kind::down) {
+    g.rows = rows;
+    g.segments = 4;
+    for (int64_t j = 0; j < m; ++j) {
+      const int64_t at = first + j, w = sizes_.w / 2, x = at % w, y = at / w;  // y counts on from image to image
+      for (int64_t tap = 0; tap < 4; ++tap) {
+        const int64_t pixel = (2 * y + tap / 2) * sizes_.w + 2 * x + tap % 2;
+        rows[tap * m + j] = static_cast<const char*>(source_.data) + pixel * source_.stride * bytes_;
+      }
+    }
+  } else {
+    g.a = static_cast<const char*>(source_.data) + first * source_.stride * bytes_;
+    g.a_stride = source_.stride;
+  }
   g.k = packing_.k;
   g.c = reinterpret_cast<float*>(scratch);
   for (int64_t i = groups * split / splits_; i < last; ++i) {
@@ -52,14 +69,14 @@ void Pixelwise::work(int64_t item, const Run&, char* scratch) const {
     g.panels = group.panels;
     g.b = weights(group);
     g.next = i + 1 < last ? weights(packing_.groups[static_cast<size_t>(i + 1)]) : nullptr;
-    g.next_bytes = i + 1 < last ? packing_.position_elements(group) * bytes_ : 0;
+    g.next_bytes = i + 1 < last ? packing_.positions * packing_.position_elements(group) * bytes_ : 0;
     kernels_.gemm(g);
     const auto store = [&](int64_t panel, int64_t panels, int64_t channel) {
       kernels_.store_rows(
           g.c + panel * kPanel, width, m, panels, bias_ + channel, residual_.data == nullptr ? nullptr : residual, out
       );
     };
-    if (kind_ == Kind::linear) {
+    if (kind_ != Kind::up) {
       const int64_t channel = group.first_panel * kPanel;
       for (int64_t j = 0; j < m; ++j) {
         out[j] = static_cast<char*>(target_.data) + ((first + j) * target_.stride + channel) * bytes_;

@@ -67,7 +67,8 @@ class Product : public Layer {
 };
 
 // 3x3 convolution by 2x2 windows of output pixels, with padding 1: winograd, window (images of 2x2), point (images of
-// one pixel, which meets the middle tap only), direct, or first (which reads run.x). doubled: of the image with every
+// one pixel, which meets the middle tap only), direct, or first (which reads run.x). first7x7: 7x7 with padding 3 of
+// run.x. doubled: of the image with every
 // pixel doubled in both directions. strided: with stride 2, padding 1 all around or, with padding 0, at the far ends
 // only.
 class Convolution : public Product {
@@ -92,12 +93,14 @@ class Convolution : public Product {
   int64_t gathered_bytes(int64_t windows) const;
   void gather(int64_t first, int64_t count, char* gathered) const;
   void gather_image(const Run& run, int64_t first, int64_t count, float* rows) const;
+  void gather_lines(const Run& run, int64_t first, int64_t count, char* gathered) const;
+  void copy_line(const float* image, int64_t y, int64_t x, int64_t pixels, char* line) const;
   void finish(const Run& run, int64_t first, int64_t count, const Group& group, const float* m) const;
   const char* pixel(int64_t n, int64_t y, int64_t x) const;
 
   const Ends ends_;
   const bool transformed_;                // winograd, window, doubled: a product per position
-  const bool pointers_;                   // direct, strided: rows of the source itself, nine segments
+  const bool pointers_;                   // direct, strided: rows of the source itself; first7x7: of lines
   const int64_t out_h_, out_w_;           // pixels of the target
   const int64_t rows_, columns_, total_;  // windows of an image, and of all
   const int64_t most_;                    // windows of a block at the most
@@ -107,7 +110,8 @@ class Convolution : public Product {
 };
 
 // Products of pixels as they are. up: transposed 2x2 convolution with stride 2, each input pixel gives four output
-// pixels. linear: 1x1 convolution, residual (optional, may be the target) added.
+// pixels. down: 2x2 convolution with stride 2; h and w even. linear: 1x1 convolution, residual (optional, may be the
+// target) added.
 class Pixelwise : public Product {
  public:
   Pixelwise(
@@ -120,7 +124,7 @@ class Pixelwise : public Product {
 
  private:
   const Place source_, target_, residual_;
-  const int64_t blocks_;
+  const int64_t total_, blocks_;  // rows of the product: pixels of the source, or those of the target that down makes
   int64_t splits_ = 1;
 };
 

@@ -1,23 +1,16 @@
 // Transforming and packing weights, once per compiled layer.
 #include "pack.h"
 
-#include <cmath>
 #include <cstring>
 #include <map>
 #include <stdexcept>
 
+#include "../../dispatch.h"
 #include "../parallel.h"
 #include "isa.h"
 
 namespace ddpm_fast::inference {
 namespace {
-
-uint16_t to_bf16(float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, sizeof bits);
-  if (std::isnan(value)) return static_cast<uint16_t>(bits >> 16 | 0x40);
-  return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
-}
 
 // t = left w right^T for a 3x3 kernel w and the same `rows` x 3 matrix on both sides, in float64.
 template <int rows>
@@ -51,6 +44,15 @@ void weights_at(
     return;
   case Kind::point: t[0] = weight[(column * in_channels + k) * 9 + 4]; return;
   case Kind::first: t[0] = weight[column * in_channels * 9 + k]; return;
+  case Kind::first7x7:
+    for (int ky = 0; ky < 7; ++ky)
+      t[ky] =
+          k < 7 * in_channels ? weight[((column * in_channels + k % in_channels) * 7 + ky) * 7 + k / in_channels] : 0.0;
+    return;
+  case Kind::down:
+    for (int tap = 0; tap < 4; ++tap)
+      t[tap] = weight[(column * in_channels + k) * 4 + tap];
+    return;
   case Kind::up: t[0] = weight[(k * out_channels + column % out_channels) * 4 + column / out_channels]; return;
   case Kind::linear:
   case Kind::output: t[0] = column < out_channels ? weight[column * in_channels + k] : 0.0; return;
@@ -61,10 +63,10 @@ void weights_at(
 
 Kind kind_named(const std::string& name) {
   static const std::map<std::string, Kind> kinds = {
-      {"winograd", Kind::winograd}, {"direct", Kind::direct},       {"strided", Kind::strided},
-      {"doubled", Kind::doubled},   {"window", Kind::window},       {"point", Kind::point},
-      {"linear", Kind::linear},     {"first", Kind::first},         {"up", Kind::up},
-      {"output", Kind::output},     {"output3x3", Kind::output3x3},
+      {"winograd", Kind::winograd},   {"direct", Kind::direct}, {"strided", Kind::strided}, {"doubled", Kind::doubled},
+      {"window", Kind::window},       {"point", Kind::point},   {"linear", Kind::linear},   {"first", Kind::first},
+      {"first7x7", Kind::first7x7},   {"up", Kind::up},         {"down", Kind::down},       {"output", Kind::output},
+      {"output3x3", Kind::output3x3},
   };
   const auto found = kinds.find(name);
   if (found == kinds.end()) {
@@ -77,16 +79,19 @@ Kind kind_named(const std::string& name) {
 }
 
 Packing::Packing(Kind kind, const Kernels& kernels, int64_t out_channels, int64_t in_channels) {
-  const bool image = kind == Kind::first, last = kind == Kind::output || kind == Kind::output3x3;
+  const bool image = kind == Kind::first || kind == Kind::first7x7;
+  const bool last = kind == Kind::output || kind == Kind::output3x3;
   if (out_channels < 1 || in_channels < 1 || (!last && out_channels % kPanel) || (!image && in_channels % kPanel))
     throw std::invalid_argument(
         "channels must be multiples of 16 (the image's aside), got " + std::to_string(in_channels) + " -> " +
         std::to_string(out_channels)
     );
-  const Kernels& table = image || last ? float_kernels(kernels) : kernels;
+  const Kernels& table = kind == Kind::first || last ? float_kernels(kernels) : kernels;
   half = table.half;
   switch (kind) {
   case Kind::winograd: positions = 16; break;
+  case Kind::first7x7: positions = 7; break;
+  case Kind::down: positions = 4; break;
   case Kind::window:
   case Kind::doubled:
   case Kind::direct:
@@ -94,7 +99,8 @@ Packing::Packing(Kind kind, const Kernels& kernels, int64_t out_channels, int64_
   case Kind::output3x3: positions = 9; break;
   default: positions = 1;
   }
-  k = image ? 9 * in_channels : in_channels;
+  k = kind == Kind::first ? 9 * in_channels : in_channels;
+  if (kind == Kind::first7x7) k = half ? (7 * in_channels + 1) / 2 * 2 : 7 * in_channels;
   k_padded = (k + table.k_multiple - 1) / table.k_multiple * table.k_multiple;
   columns = kind == Kind::up ? 4 * out_channels : (out_channels + kPanel - 1) / kPanel * kPanel;
   const int64_t panels = columns / kPanel, count = (panels + kGroupPanels - 1) / kGroupPanels;
@@ -123,7 +129,7 @@ void pack(
           for (int64_t position = 0; position < p.positions; ++position) {
             const float value = static_cast<float>(t[position]);
             if (p.half)
-              static_cast<uint16_t*>(packed)[at + position * step] = to_bf16(value);
+              static_cast<uint16_t*>(packed)[at + position * step] = bf16_from_float(value);
             else
               static_cast<float*>(packed)[at + position * step] = value;
           }

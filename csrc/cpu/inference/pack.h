@@ -7,7 +7,8 @@
 //   doubled   9 transformed taps x in, columns out        point     the middle tap x in, columns out
 //   direct, strided  9 taps x in, columns out             linear    1 x in, columns out
 //   up        1 x in, columns (ky, kx, out)               first     1 x (in, ky, kx), columns out; float32
-//   output    1 x in, columns out filled up to 16; float32; output3x3: 9 taps x in
+//   down      4 taps x in, columns out                     first7x7  7 x (kx, in) with k even in half tables, columns
+//   out output    1 x in, columns out filled up to 16; float32; output3x3: 9 taps x in
 #pragma once
 
 #include <string>
@@ -17,7 +18,21 @@
 
 namespace ddpm_fast::inference {
 
-enum class Kind { winograd, direct, strided, doubled, window, point, linear, first, up, output, output3x3 };
+enum class Kind {
+  winograd,
+  direct,
+  strided,
+  doubled,
+  window,
+  point,
+  linear,
+  first,
+  first7x7,
+  up,
+  down,
+  output,
+  output3x3
+};
 
 Kind kind_named(const std::string& name);  // throws std::invalid_argument
 
