@@ -160,7 +160,9 @@ def test_files(tmp_path):
     path = tmp_path / "a.pt"
     files.write(path, {"x": torch.arange(3)})
     assert torch.equal(files.read(path, CPU)["x"], torch.arange(3))
-    whole = path.read_bytes()
+    before, whole = path.stat().st_ino, path.read_bytes()
+    files.write(path, {"x": torch.arange(3)})
+    assert path.stat().st_ino != before, "another file in its place: whoever reads the old one reads it to its end"
     for content in (whole[: len(whole) // 2], b"", b"\x80\x02rubbish", b"q" * 100):
         path.write_bytes(content)
         with pytest.raises(ValueError, match=r"a\.pt is cut off or no checkpoint: [^\n]*$"):
