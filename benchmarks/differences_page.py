@@ -165,7 +165,7 @@ def picture(result: dict[str, Any], pictures: dict[str, Any], file: Path) -> Non
     cells = upper.subplots(len(pictures), len(next(iter(pictures.values()))), squeeze=False)
     for line, (name, images) in zip(cells, pictures.items(), strict=True):
         for axes, image in zip(line, images, strict=True):
-            axes.imshow(image.view(8, 8), cmap="gray_r", vmin=-1, vmax=1)
+            axes.imshow(image.view(8, 8).numpy(), cmap="gray_r", vmin=-1, vmax=1)
             axes.set_xticks([])
             axes.set_yticks([])
         line[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=8)
