@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib
 import json
 import platform
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -214,11 +214,7 @@ class Measurement:
         x = ops.normal(n, (64,), seed=SEED)
         for t in scheduler.timesteps.tolist():
             m = self.net(x, torch.tensor([t])).float()
-            given = _Noise(n, t)
-            if hasattr(scheduler, "_get_variance") and "variance_type" in scheduler.config:
-                with given:
-                    x = scheduler.step(m, t, x).prev_sample
-            else:
+            with _Noise(n, t):
                 x = scheduler.step(m, t, x).prev_sample
         return x
 
@@ -297,12 +293,12 @@ class _Noise:
         self.z = ops.normal(n, (64,), seed=SEED, stream=1 + t)
 
     def __enter__(self) -> None:
-        self.module = sys.modules["diffusers.schedulers.scheduling_ddpm"]
-        self.theirs = self.module.randn_tensor  # type: ignore[attr-defined]
-        self.module.randn_tensor = lambda *_, **__: self.z  # type: ignore[attr-defined]
+        self.module: Any = importlib.import_module("diffusers.schedulers.scheduling_ddpm")
+        self.theirs = self.module.randn_tensor
+        self.module.randn_tensor = lambda *_, **__: self.z
 
     def __exit__(self, *_: object) -> None:
-        self.module.randn_tensor = self.theirs  # type: ignore[attr-defined]
+        self.module.randn_tensor = self.theirs
 
 
 def measure(size: Size, say: Callable[[str], None] = print) -> tuple[dict[str, Any], dict[str, Tensor]]:
