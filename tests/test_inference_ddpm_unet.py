@@ -33,6 +33,13 @@ THREE = {
     "up_block_types": ("UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
     "layers_per_block": 2,
 }
+RESNETS = {
+    "down_block_types": ("ResnetDownsampleBlock2D", "AttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "AttnUpBlock2D", "ResnetUpsampleBlock2D"),
+    "block_out_channels": (16, 32, 48),
+    "downsample_type": "resnet",
+    "upsample_type": "resnet",
+}
 NETS = [
     # n, shape, options beside SMALL's
     (2, (3, 16, 16), {}),
@@ -43,6 +50,8 @@ NETS = [
     (2, (3, 8, 8), {"mid_block_type": None, "layers_per_block": 2}),
     (2, (3, 8, 8), {"add_attention": False, "block_out_channels": (20, 36), "norm_num_groups": 4}),  # none of ours
     (2, (3, 8, 12), THREE),
+    (2, (3, 8, 12), RESNETS),
+    (2, (3, 8, 8), {**RESNETS, "resnet_time_scale_shift": "scale_shift", "num_class_embeds": 4}),
     (2, (3, 4, 4), {**THREE, "flip_sin_to_cos": True, "freq_shift": 0}),
     (
         *(2, (3, 8, 8)),
@@ -208,10 +217,6 @@ def test_labels_are_asked_for_where_no_label_means_none() -> None:
         fused(x, t, torch.tensor([0, 4]))
 
 
-def _resampling() -> DDPMUNet:
-    return make_net(downsample_type="resnet", down_block_types=("AttnDownBlock2D", "AttnDownBlock2D"))
-
-
 def _hooked() -> DDPMUNet:
     net = make_net()
     net.mid_block.attentions[0].to_v.register_forward_hook(lambda *_: None)
@@ -237,7 +242,6 @@ def _other_heads() -> DDPMUNet:
         (lambda: make_net(center_input_sample=True), "center_input_sample=True, only False"),
         (lambda: make_net(time_embedding_type="fourier"), "time_embedding_type='fourier'"),
         (lambda: make_net(class_embed_type="identity"), "class_embed_type='identity'"),
-        (_resampling, "down_blocks.0.downsamplers.0, a residual block that resamples"),
         (_hooked, "mid_block.attentions.0.to_v has forward hooks"),
         (_regrouped, "down_blocks.0.resnets.0.norm1 is GroupNorm"),
         (_other_heads, "mid_block.attentions.0 is"),

@@ -217,12 +217,12 @@ def test_given_x_T_labels_and_torch_seed():
     assert not torch.equal(diffusion.p_sample_loop(net, SHAPE, noise=x, model_kwargs={"y": y}), first)
 
 
-def test_our_networks_run_as_fused_plans_and_give_the_same():
-    theirs = authority("classes_scale_shift", out_channels=6)
+@pytest.mark.parametrize("updown", [False, True])
+def test_our_networks_run_as_fused_plans_and_give_the_same(updown):
+    theirs = authority("classes_scale_shift", out_channels=6, updown=updown)
     net = from_openai(theirs.state_dict(), num_heads=4, image_size=8)
-    model = openai.UNetModel(
-        8, 3, 32, 6, 1, (2,), channel_mult=(1, 2), num_classes=7, num_heads=4, use_scale_shift_norm=True
-    )
+    options = {"num_classes": 7, "num_heads": 4, "use_scale_shift_norm": True, "resblock_updown": updown}
+    model = openai.UNetModel(8, 3, 32, 6, 1, (2,), channel_mult=(1, 2), **options)
     model.load_state_dict(theirs.state_dict())
     y = torch.tensor([1, 6])
     diffusion = create_gaussian_diffusion(steps=T, learn_sigma=True, timestep_respacing="5", rescale_timesteps=True)

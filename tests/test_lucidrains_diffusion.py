@@ -239,6 +239,13 @@ class TestLoss:
         assert half.dtype == torch.float32
         torch.testing.assert_close(half, seeded(lambda: ours(images())), rtol=0.05, atol=0)
 
+    @pytest.mark.no_poison
+    def test_compiled(self) -> None:
+        diffusion = GaussianDiffusion(Odd(), image_size=8, timesteps=100)
+        compiled = torch.compile(diffusion, backend="eager")
+        given = {"times": torch.tensor([1, 5, 50, 99]), "noise": normals()}
+        assert torch.equal(compiled(images(), **given), diffusion(images(), **given))
+
     def test_in_double(self) -> None:
         ours = GaussianDiffusion(Odd(), image_size=8, timesteps=100)
         times = torch.tensor([1, 5, 50, 99])

@@ -175,9 +175,11 @@ class TestFused:
         assert ours.sampler().fused
         expected = seeded(lambda: theirs.sample(2))
         torch.testing.assert_close(seeded(lambda: ours.sample(2, generator=DEFAULT)), expected, rtol=0, atol=1e-4)
-        plain = ours.sampler(fused=False)
+        plain, chunked = ours.sampler(fused=False), ours.sampler(chunk=2)
         assert not plain.fused
+        assert chunked.fused
         torch.testing.assert_close(plain.sample(2, seed=0), ours.sample(2, seed=0), rtol=0, atol=1e-4)
+        torch.testing.assert_close(plain.sample(3, seed=0), chunked.sample(3, seed=0), rtol=0, atol=1e-4)
 
     def test_doubles_are_not_fused(self) -> None:
         net = Unet(8, dim_mults=(1,), attn_heads=1, attn_dim_head=8).double()
@@ -261,12 +263,37 @@ class TestSubclasses:
         with pytest.raises(ValueError, match="Halved has steps of its own, whose noise is torch's: leave out seed"):
             made[1].sample(2, seed=0)
 
+    def test_with_a_loop_of_their_own(self) -> None:
+        class Grey(GaussianDiffusion):
+            def p_sample_loop(self, shape, return_all_timesteps=False):
+                return torch.full(shape, 0.5)
+
+        diffusion = Grey(Unet(8, dim_mults=(1,), attn_heads=1, attn_dim_head=8), image_size=4, timesteps=3)
+        assert torch.equal(diffusion.sample(2), torch.full((2, 3, 4, 4), 0.5))
+        with pytest.raises(TypeError, match="seed"):
+            diffusion.sample(2, seed=0)
+
     def test_without_any_are_fused(self) -> None:
         class Named(GaussianDiffusion):
             pass
 
         diffusion = Named(Unet(8, dim_mults=(1,), attn_heads=1, attn_dim_head=8), image_size=4, timesteps=3)
         assert diffusion.sample(1, seed=0).shape == (1, 3, 4, 4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("steps", [None, 5])
+def test_on_a_gpu_too(lucidrains, steps) -> None:
+    theirs, ours = pair(lucidrains, timesteps=12, sampling_timesteps=steps, of_unet={"self_condition": True})
+    theirs, ours = theirs.cuda(), ours.cuda()
+    on_gpu = torch.cuda.default_generators[torch.cuda.current_device()]
+    expected = seeded(lambda: theirs.sample(2, return_all_timesteps=True))
+    got = seeded(lambda: ours.sample(2, return_all_timesteps=True, generator=on_gpu))
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-3)
+    torch.testing.assert_close(ours.sample(2, seed=0), ours.cpu().sample(2, seed=0), rtol=0, atol=1e-3)
+    x = images(2).cuda()
+    losses = [seeded(lambda d=d: d(x)) for d in (theirs.cuda(), ours.cuda())]
+    torch.testing.assert_close(*losses, rtol=1e-3, atol=0)
 
 
 def test_a_thousand_steps_of_a_trained_network(lucidrains) -> None:

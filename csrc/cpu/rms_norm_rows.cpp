@@ -62,19 +62,27 @@ struct Normalize {
   DDPM_FAST_HD void run(const Elements<T, kAcross>& e) const {
     const View<T> added(residual);
     const auto value = Value<kSilu, kAdds, T, kAcross>{e, added};
-    for (int64_t r = 0; r < rows.count; ++r) {
-      T* __restrict__ out = static_cast<T*>(y.v) + r * y.stride;
-      if constexpr (kSilu && !std::is_same_v<T, float>) {
-        // Rounding in the same loop as SiLU leaves it too few registers.
-        for (int64_t first = 0; first < rows.length; first += kChunk) {
+    T* const first_out = static_cast<T*>(y.v);
+    if constexpr (kSilu && !std::is_same_v<T, float>) {
+      // Rounding in the same loop as SiLU leaves it too few registers.
+      const int64_t together = y.stride == rows.length ? std::max<int64_t>(1, kChunk / rows.length) : 1;
+      for (int64_t r = 0; r < rows.count; r += together) {
+        const int64_t some = std::min(together, rows.count - r);
+        for (int64_t i = 0; i < rows.length; i += kChunk) {
           alignas(64) float chunk[kChunk];
-          const int64_t count = std::min(kChunk, rows.length - first);
-          for (int64_t j = 0; j < count; ++j)
-            chunk[j] = value.at(r, first + j);
-          for (int64_t j = 0; j < count; ++j)
-            narrow(chunk[j], out[first + j]);
+          const int64_t count = std::min(kChunk, rows.length - i);
+          for (int64_t k = 0; k < some; ++k) {
+            for (int64_t j = 0; j < count; ++j)
+              chunk[k * count + j] = value.at(r + k, i + j);
+          }
+          T* __restrict__ out = first_out + r * y.stride + i;
+          for (int64_t j = 0; j < some * count; ++j)
+            narrow(chunk[j], out[j]);
         }
-      } else {
+      }
+    } else {
+      for (int64_t r = 0; r < rows.count; ++r) {
+        T* __restrict__ out = first_out + r * y.stride;
         for (int64_t i = 0; i < rows.length; ++i)
           narrow(value.at(r, i), out[i]);
       }

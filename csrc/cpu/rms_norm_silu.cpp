@@ -12,7 +12,7 @@
 namespace ddpm_fast {
 namespace {
 
-constexpr int64_t kElements = 8192;                   // of a tile, about
+constexpr int64_t kAcross = 8192, kAlong = 32768;     // elements of a tile, about; long rows need fewer calls
 constexpr int64_t kFewPlaces = 32, kPlaces = 2048;    // of a tile in contiguous format, where there are so many
 constexpr int64_t kSumRows = 64, kSumColumns = 2048;  // what one call of a sum may take (row_sums.h)
 constexpr int64_t kParts = 16;                        // of a sample, at most
@@ -25,8 +25,9 @@ bool is_across(const Shape& shape) { return shape.channels > 1 && (shape.channel
 struct Cut {
   int64_t places, tiles, parts;
   explicit Cut(const Shape& shape) {
-    const int64_t wanted = std::max<int64_t>(1, kElements / shape.channels);
-    places = is_across(shape) ? wanted : std::min(std::max(wanted / kLine * kLine, kFewPlaces), kPlaces);
+    const bool across = is_across(shape);
+    const int64_t wanted = std::max<int64_t>(1, (across ? kAcross : kAlong) / shape.channels);
+    places = across ? wanted : std::min(std::max(wanted / kLine * kLine, kFewPlaces), kPlaces);
     places = std::min(places, shape.inner);
     const int64_t all = (shape.inner + places - 1) / places;
     tiles = (all + kParts - 1) / kParts;

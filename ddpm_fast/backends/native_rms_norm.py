@@ -11,7 +11,7 @@ from ddpm_fast.backends.layout import Layout, Staged
 
 PLACES_OF_PART, ELEMENTS_OF_PART, MAX_PARTS = 32, 4096, 1024
 """CUDA, backward: the sums over places are taken in parts, a block each: of so many places, or in channels_last of
-about so many elements; more where the parts would become too many."""
+about so many elements; of more where the parts would become too many."""
 
 
 def _parts(layout: Layout) -> int:

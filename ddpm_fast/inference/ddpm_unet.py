@@ -12,7 +12,7 @@ from ..nn import DDPMUNet
 from ..nn.ddpm_blocks import Attention as AttentionBlock
 from ..nn.ddpm_blocks import DownBlock, Downsample, MidBlock, ResnetBlock, Sinusoids, TimeMLP, UpBlock, Upsample
 from .fold import UnreadableError, plain
-from .network import Attention, Buffer, Conv, Layer, Linear, Network, Norm, Output, Slice, TimeTable, whole
+from .network import Attention, Buffer, Conv, Down, Layer, Linear, Network, Norm, Output, Slice, TimeTable, Up, whole
 from .unaltered import check_unaltered
 
 PARTS = (
@@ -37,9 +37,6 @@ def check_ddpm_unet(model: DDPMUNet) -> None:
             raise UnreadableError(f"no fused plan covers {name}={config[name]!r}, only {value!r}")
     if model.act != "silu":
         raise UnreadableError(f"no fused plan covers act_fn={model.act!r}, only 'silu'")
-    for name, part in model.named_modules():
-        if isinstance(part, ResnetBlock) and part.resample is not None:
-            raise UnreadableError(f"no fused plan covers {name}, a residual block that resamples")
     with torch.device("meta"):
         fresh = DDPMUNet(**config)
     check_unaltered(model, fresh, PARTS)
@@ -76,10 +73,7 @@ class _Reading:
             for j in range(len(stage.resnets)):
                 x = self._one(f"down_blocks.{i}", stage, j, x, next(at))
             if stage.downsamplers is not None:
-                down, target = stage.downsamplers[0], next(at)
-                name = f"down_blocks.{i}.downsamplers.0.conv"
-                self._conv(name, down.conv, x, target, resample="down", padding=down.padding)
-                x = target
+                x = self._down(f"down_blocks.{i}.downsamplers.0", stage.downsamplers[0], x, next(at))
         if model.mid_block is None:
             self._copy("mid_block", x, lower[0])
         else:
@@ -93,8 +87,7 @@ class _Reading:
                 target = own("hidden", stage.resnets[j].conv2.out_channels, below.level) if ends else lower[k]
                 x = self._one(f"up_blocks.{i}", stage, j, source, target)
             if stage.upsamplers is not None:
-                name = f"up_blocks.{i}.upsamplers.0.conv"
-                self._conv(name, stage.upsamplers[0].conv, x, lower[k], resample="up")
+                self._up(f"up_blocks.{i}.upsamplers.0", stage.upsamplers[0], x, lower[k])
         normed = own("normed", x.channels, x.buffer.level)
         self._norm("conv_norm_out", model.conv_norm_out, x, normed)
         self.layers.append(Output("conv_out", *_weights(model.conv_out), normed))
@@ -110,7 +103,9 @@ class _Reading:
             made += [(resnet.conv2.out_channels, level) for resnet in stage.resnets]
             if stage.downsamplers is not None:
                 level += 1
-                made.append((stage.downsamplers[0].conv.out_channels, level))
+                down = stage.downsamplers[0]
+                last = down.conv2 if isinstance(down, ResnetBlock) else down.conv
+                made.append((last.out_channels, level))
         takers = [resnet.norm1.num_channels for stage in ups for resnet in stage.resnets]
         result = []
         for k, ((channels, level), total) in enumerate(zip(made, reversed(takers), strict=True)):
@@ -133,12 +128,33 @@ class _Reading:
             x = self._attention("mid_block.attentions.0", attention, x, _like(target, "hidden"))
         return self._resnet("mid_block.resnets.1", second, x, target)
 
+    def _down(self, name: str, part: nn.Module, x: Slice, target: Slice) -> Slice:
+        if isinstance(part, ResnetBlock):
+            return self._resnet(name, part, x, target)
+        assert isinstance(part, Downsample)
+        self._conv(f"{name}.conv", part.conv, x, target, resample="down", padding=part.padding)
+        return target
+
+    def _up(self, name: str, part: nn.Module, x: Slice, target: Slice) -> Slice:
+        if isinstance(part, ResnetBlock):
+            return self._resnet(name, part, x, target)
+        assert isinstance(part, Upsample)
+        self._conv(f"{name}.conv", part.conv, x, target, resample="up")
+        return target
+
     def _resnet(self, name: str, block: nn.Module, x: Slice, target: Slice) -> Slice:
         assert isinstance(block, ResnetBlock)
         first, inner, second, residual = _like(x, "normed"), _like(target, "inner"), _like(target, "normed"), x
         modulated, column = block.time_scale_shift == "scale_shift", self._time_columns(block.time_emb_proj)
         self._norm(f"{name}.norm1", block.norm1, x, first)
-        self._conv(f"{name}.conv1", block.conv1, first, inner, temb=None if modulated else column)
+        if block.resample == "down":
+            first = self._halved(f"{name}.norm1.halved", first, _own("halved normed", x.channels, target.buffer.level))
+            residual = self._halved(f"{name}.halved", x, _own("halved", x.channels, target.buffer.level))
+        elif block.resample == "up":
+            residual = _own("doubled", x.channels, target.buffer.level)
+            self.layers.append(Up(f"{name}.doubled", *self._taps(x.channels, 1.0), x, residual))
+        temb, resample = None if modulated else column, "up" if block.resample == "up" else "none"
+        self._conv(f"{name}.conv1", block.conv1, first, inner, temb=temb, resample=resample)
         self._norm(f"{name}.norm2", block.norm2, inner, second, modulation=column if modulated else None)
         if block.conv_shortcut is not None:
             residual = _like(target, "shortcut")
@@ -171,6 +187,16 @@ class _Reading:
     def _conv(self, name: str, conv: nn.Conv2d, x: Slice | None, y: Slice, **options: object) -> None:
         weight, bias = _weights(conv)
         self.layers.append(Conv(name, weight, bias, x, y, silu=False, **options))  # type: ignore[arg-type]
+
+    def _halved(self, name: str, x: Slice, y: Slice) -> Slice:
+        """The mean of every 2x2 pixels, as a convolution: every product and the sums of zeros are exact."""
+        self.layers.append(Down(name, *self._taps(x.channels, 0.25), x, y))
+        return y
+
+    def _taps(self, channels: int, value: float) -> tuple[Tensor, Tensor]:
+        """Weight and bias of a 2x2 kernel that takes every channel by itself, each of the four taps `value`."""
+        one = torch.eye(channels, device=self.model.device) * value
+        return one[:, :, None, None].repeat(1, 1, 2, 2), torch.zeros(channels, device=self.model.device)
 
     def _copy(self, name: str, x: Slice, y: Slice) -> None:
         """Without a mid block the same thing is kept and comes from below."""

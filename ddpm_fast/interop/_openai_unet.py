@@ -6,7 +6,6 @@ from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ..nn import DDPMUNet
@@ -141,9 +140,3 @@ def twin(model: UNetModel) -> DDPMUNet:
     net = DDPMUNet.__new__(DDPMUNet)
     net.__dict__ = dict(model.__dict__)
     return net
-
-
-def meta_state(config: Mapping[str, Any], new_order: bool) -> dict[str, Tensor]:
-    """OpenAI's keys and shapes for a `DDPMUNet` of that config, without values."""
-    with torch.device("meta"):
-        return to_theirs(DDPMUNet(**config).state_dict(), config, new_order)

@@ -21,8 +21,8 @@ from ._openai_flags import (
     shape_of_weights,
 )
 from ._openai_keys import to_ours, to_theirs
-from ._openai_unet import UNetModel, meta_state
-from ._unets import fill_unet
+from ._openai_unet import UNetModel
+from ._unets import fill
 from ._weights import State, check_state, read_file
 
 
@@ -98,6 +98,7 @@ def _built(
     new_order = bool(flags.get("use_new_attention_order", False))
     sides = {"image_size": flags.get("image_size"), "dropout": flags.get("dropout", 0.0)}
     config = ddpm_arguments(shape, heads_of(flags), **sides)
-    checked = check_state(state, meta_state(config, new_order), source)
-    ours = to_ours(checked, config, new_order)
-    return fill_unet(config, ours, source, dtype=dtype, device=device).eval()
+    with torch.device("meta"):
+        net = DDPMUNet(**config)
+    checked = check_state(state, to_theirs(net.state_dict(), net.config, new_order), source)
+    return fill(net, to_ours(checked, net.config, new_order), source, dtype=dtype, device=device).eval()

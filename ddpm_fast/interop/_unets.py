@@ -173,18 +173,6 @@ def build_unet(arguments: Mapping[str, Any], state: Mapping[str, Tensor], source
     return fill(_bare(arguments), new_keys(state), source)
 
 
-def fill_unet(
-    arguments: Mapping[str, Any],
-    state: Mapping[str, Tensor],
-    source: object,
-    *,
-    dtype: torch.dtype | None,
-    device: torch.device | str | None,
-) -> DDPMUNet:
-    """The same with all of them in one dtype and on one device."""
-    return fill(_bare(arguments), state, source, dtype=dtype, device=device)
-
-
 def _bare(arguments: Mapping[str, Any]) -> DDPMUNet:
     """The network without weights."""
     with torch.device("meta"):
