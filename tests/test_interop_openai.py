@@ -336,3 +336,22 @@ def test_flags_and_the_command_line():
     one_line("image_size must be one of 512, 256, 128, 64, 32 without", lambda: create_model(48, 32, 1))
     one_line("must be a multiple of 8", lambda: create_model(36, 32, 1, channel_mult="1,2,2,2"))
     one_line("dims=3 is not covered", lambda: UNetModel(8, 3, 32, 3, 1, (), dims=3))
+
+
+RELEASED = {"attention_resolutions": "32,16,8", "learn_sigma": True, "resblock_updown": True}
+
+
+@pytest.mark.parametrize(
+    ("millions", "flags"),
+    [
+        (296, {"image_size": 64, "num_channels": 192, "num_res_blocks": 3, "num_head_channels": 64, **RELEASED}),
+        (422, {"image_size": 128, "num_channels": 256, "num_res_blocks": 2, "num_heads": 4, **RELEASED}),
+        (554, {"image_size": 256, "num_channels": 256, "num_res_blocks": 2, "num_head_channels": 64, **RELEASED}),
+        (559, {"image_size": 512, "num_channels": 256, "num_res_blocks": 2, "num_head_channels": 64, **RELEASED}),
+    ],
+)
+def test_as_large_as_published(millions, flags):
+    """Dhariwal & Nichol 2021, tables 11 and 12: the parameters of the ImageNet models."""
+    with torch.device("meta"):
+        model = create_model(**flags, class_cond=True, use_scale_shift_norm=True)
+    assert round(sum(parameter.numel() for parameter in model.parameters()) / 1e6) == millions
