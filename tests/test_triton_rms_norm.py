@@ -26,7 +26,9 @@ EPS = 1e-12
 class Case:
     """A norm of random numbers: NaN beside its source and residual, guards beside its target."""
 
-    def __init__(self, size, channels, dtype=torch.float32, *, silu=True, modulated=False, labels=False, residual=False):
+    def __init__(
+        self, size, channels, dtype=torch.float32, *, silu=True, modulated=False, labels=False, residual=False
+    ):
         draw = torch.Generator().manual_seed(0)
         randn = lambda *shape: torch.randn(*shape, generator=draw).to(DEVICE)  # noqa: E731
         n, h, w = size

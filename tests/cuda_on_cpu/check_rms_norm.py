@@ -69,9 +69,7 @@ def test_rms_norm_silu(shape: tuple[int, int, int], last: bool, shift: int, dtyp
     ],
 )
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_rms_norm_silu_of_many_numbers(
-    channels: int, inner: int, last: bool, parts: int, dtype: str
-) -> None:
+def test_rms_norm_silu_of_many_numbers(channels: int, inner: int, last: bool, parts: int, dtype: str) -> None:
     both_rms_norms(Data((1, channels, inner), last, 0), dtype, parts, True)
 
 
