@@ -139,6 +139,23 @@ def _norm_backward(i: Inputs, function: Callable[..., Tensor]) -> object:
     return torch.autograd.grad(function(i, *leaves), leaves, i.y)
 
 
+# As in lucidrains' blocks: a norm over channels, scale and shift of the time embedding, SiLU, and the block's input.
+def _fast_rms_norm(i: Inputs, *leaves: Tensor) -> Tensor:
+    h, weight, scale, shift, residual = leaves or (i.x, i.weight, i.temb, i.temb, i.y)
+    return ops.rms_norm_silu(h, weight, scale=scale, shift=shift, residual=residual)
+
+
+def _eager_rms_norm(i: Inputs, *leaves: Tensor) -> Tensor:
+    h, weight, scale, shift, residual = leaves or (i.x, i.weight, i.temb, i.temb, i.y)
+    xhat = F.normalize(h, dim=1) * weight[None, :, None, None] * CHANNELS**0.5
+    return F.silu(xhat * (scale[:, :, None, None] + 1) + shift[:, :, None, None]) + residual
+
+
+def _rms_norm_backward(i: Inputs, function: Callable[..., Tensor]) -> object:
+    leaves = [_leaf(value) for value in (i.x, i.weight, i.temb, i.temb, i.y)]
+    return torch.autograd.grad(function(i, *leaves), leaves, i.y)
+
+
 def _fast_loss_backward(i: Inputs) -> object:
     pred = _leaf(i.x)
     return _grads(ops.noise_mse(pred, rng=i.rng), pred)
@@ -183,6 +200,15 @@ CASES = [
         lambda i: _norm_backward(i, _fast_norm),
         lambda i: _norm_backward(i, _eager_norm),
         lambda size: 5 * size,
+        exact=False,
+        atol=5e-6,
+    ),
+    Case("rms_norm_silu", _fast_rms_norm, _eager_rms_norm, lambda size: 3 * size, exact=False, atol=5e-6),
+    Case(
+        "rms_norm_silu, backward",
+        lambda i: _rms_norm_backward(i, _fast_rms_norm),
+        lambda i: _rms_norm_backward(i, _eager_rms_norm),
+        lambda size: 6 * size,  # forward: h, residual, y; backward: g, h, g_h (the residual's gradient is g)
         exact=False,
         atol=5e-6,
     ),

@@ -134,6 +134,18 @@ def lucidrains_network(shape: Shape, seed: int = 0, **options: Any) -> RMSNormUN
             elif isinstance(part, nn.Conv2d) and name.endswith("to_qkv"):
                 q_k = part.weight[: 2 * len(part.weight) // 3]
                 q_k *= 2
+        # What comes from below must not vanish beside the skips, nor full attention beside what it is added to.
+        for stage in unet.ups:
+            stage[3].get_parameter("1.weight" if isinstance(stage[3], rms_blocks.Up) else "weight").mul_(3)
+        for part in unet.modules():
+            if isinstance(part, rms_blocks.Attention):
+                part.to_out.weight *= 5
+        # As in a trained network, what comes in can be found at the end: through the stem and the skip from it.
+        image, stem = torch.arange(unet.channels), torch.arange(unet.config["init_dim"])
+        unet.init_conv.weight[image, image, 3, 3] += 1
+        shortcut = unet.final_res_block.res_conv.weight
+        shortcut *= 0.3
+        shortcut[stem, len(stem) + stem, 0, 0] += 1
         _fit(unet, unet.final_conv, _noisy(32, shape, seed), None)
     return unet
 

@@ -10,6 +10,7 @@
 #include "bindings.h"
 #include "cpu/inference/attention.h"
 #include "cpu/inference/isa.h"
+#include "cpu/inference/linear_attention.h"
 #include "cpu/inference/norm.h"
 #include "cpu/inference/program.h"
 #include "cpu/inference/rms_norm.h"
@@ -135,6 +136,21 @@ void program_attention(
   );
 }
 
+// Two layers of the program.
+void program_linear_attention(
+    Program& program, const std::string& isa, int64_t n, int64_t tokens, int64_t channels, int64_t heads, double scale,
+    Address memory_keys, Address memory_values, int64_t memory_tokens, Address source, int64_t source_stride,
+    Address target, int64_t target_stride
+) {
+  const Kernels& kernels = kernels_named(isa);
+  const LinearAttention::Memory memory{pointer<float>(memory_keys), pointer<float>(memory_values), memory_tokens};
+  const auto attention =
+      std::make_shared<LinearAttention>(LinearAttention::Sizes{n, tokens, channels, heads}, scale, memory);
+  const Place from = place(source, source_stride);
+  program.add(std::make_unique<LinearContext>(kernels, attention, from));
+  program.add(std::make_unique<LinearOutput>(kernels, attention, from, place(target, target_stride)));
+}
+
 Run run_of(
     Address x, Address out, Address time_table, Address time_rows, int64_t time_rows_stride, Address label_table,
     Address label_rows
@@ -201,6 +217,7 @@ void bind_inference(py::module_& m) {
       .def("norm", &program_norm)
       .def("rms_norm", &program_rms_norm)
       .def("attention", &program_attention)
+      .def("linear_attention", &program_linear_attention)
       .def("run", &program_run)
       .def("step", &program_step)
       .def("seconds", [](const Program& program) { return program.seconds(); });

@@ -6,6 +6,7 @@ An argument of `Sampler` that is None is taken from the preset named by `like=`,
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -23,6 +24,7 @@ class Preset:
     time_scale: what the network is told as t: "index" (int64 t) or "rescaled" (float32 t * 1000 / T).
     output: the range its sampler returns, as in `Sampler.sample`.
     schedule, scale_betas: its default schedule, and whether its linear betas are multiplied by 1000 / T.
+    schedules: its names of schedules that are not ours, or mean another one here, and the names that those have here.
     """
 
     method: str = "ddpm"
@@ -39,10 +41,17 @@ class Preset:
     output: str = "model"
     schedule: str = "linear"
     scale_betas: bool = False
+    schedules: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def make_schedule(self, T: int = 1000, name: str | None = None, **options: Any) -> Schedule:
-        """The peer's schedule of T timesteps: its default one, or another by name, with its scaling of linear betas."""
-        chosen = name or self.schedule
+        """The peer's schedule of T timesteps: its default one, or another by name, with its scaling of linear betas.
+
+        name: the peer's, or one of `Schedule.names()`. ValueError for any other.
+        """
+        chosen = self.schedules.get(name, name) if name else self.schedule
+        if chosen not in Schedule.names():
+            known = ", ".join(dict.fromkeys([*self.schedules, *Schedule.names()]))
+            raise ValueError(f"schedule must be one of {known}, got {name!r}")
         if chosen == "linear":
             options.setdefault("scale_betas", self.scale_betas)
         return Schedule.named(chosen, T, **options)
@@ -57,7 +66,13 @@ PRESETS = MappingProxyType(
         # DDPMPipeline with DDPMScheduler() as it comes; for method="ddim" DDIMScheduler(), for "dpmsolver++"
         # DPMSolverMultistepScheduler(), which knows no clip.
         "diffusers": Preset(
-            variance="fixed_small", clip=1.0, solver_clip=False, spacing="leading", rederive_eps=False, output="unit"
+            variance="fixed_small",
+            clip=1.0,
+            solver_clip=False,
+            spacing="leading",
+            rederive_eps=False,
+            output="unit",
+            schedules=MappingProxyType({"squaredcos_cap_v2": "cosine", "sigmoid": "sigmoid_betas"}),
         ),
         # GaussianDiffusion(); it turns to DDIM when asked for fewer steps, and does not clamp what it returns.
         "lucidrains": Preset(
@@ -69,6 +84,7 @@ PRESETS = MappingProxyType(
             output="unit_unclamped",
             schedule="sigmoid_alphas_cumprod",
             scale_betas=True,
+            schedules=MappingProxyType({"sigmoid": "sigmoid_alphas_cumprod"}),
         ),
         # improved-diffusion's defaults (rescale_timesteps is on there; guided-diffusion leaves it off).
         "openai": Preset(clip=1.0, spacing="sections", time_scale="rescaled", scale_betas=True),

@@ -72,10 +72,10 @@ class Sampler:
         Python decides something from step to step needs False. Weights are read in place: new values loaded into them
         are seen, and weights that move are noticed. At most 4 graphs are kept; `clear_graphs` frees them.
     fused: run a network that `ddpm_fast.inference` knows (our U-Nets, diffusers' `UNet2DModel`, lucidrains' `Unet`) by
-        its fused plan: `dtype` is then what the plan computes in (float32, bfloat16, float16), and the network is fed the float32
-        state. The first run of a batch and image size spends seconds on a trial. Any other model runs as it is: the
-        property `fused` says whether there is a plan, `not_fused_because` why not. Weights that changed are read again
-        at every run.
+        its fused plan: `dtype` is then what the plan computes in (float32, bfloat16, float16), and the network is fed
+        the float32 state. The first run of a batch and image size spends seconds on a trial. Any other model runs as it
+        is: the property `fused` says whether there is a plan, `not_fused_because` why not. Weights that changed are
+        read again at every run.
     """
 
     def __init__(

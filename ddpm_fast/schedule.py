@@ -157,6 +157,18 @@ class Schedule:
         maker: Callable[..., Schedule] = getattr(cls, name)
         return maker(T, **options)
 
+    @classmethod
+    def like(cls, peer: str, T: int = 1000, name: str | None = None, **options: Any) -> Schedule:
+        """The schedule that a peer makes of T timesteps: `like("lucidrains", 1000)`, `like("openai", 100, "cosine")`.
+
+        peer: "tutorial", "diffusers", "lucidrains" or "openai". name: None for the peer's own default, else one of its
+            names ("squaredcos_cap_v2" and "sigmoid" mean what they mean there) or of ours. options: as in `named`.
+        It differs from `named` in what a name means, and in whether linear betas are multiplied by 1000 / T.
+        """
+        from .presets import preset  # the table of the peers' choices makes schedules itself
+
+        return preset(peer).make_schedule(T, name, **options)
+
     @staticmethod
     def names() -> tuple[str, ...]:
         """What `Schedule.named` knows."""

@@ -17,6 +17,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -131,6 +132,20 @@ def cases() -> Iterator[Case]:
         statistics = (meta(shape[0], groups), meta(shape[0], groups))
         ops.group_norm_silu_backward(h, h, *rest, *statistics, groups, act, True, True, True, True)
 
+    def rms_norm(
+        dtype: torch.dtype,
+        act: str = "silu",
+        cl: bool = False,
+        shape: tuple[int, ...] = FEATURES,
+        per_sample: bool = False,
+        backward: bool = False,
+    ) -> None:
+        h, affine = meta(*shape, dtype=dtype, channels_last=cl), shape[:2] if per_sample else shape[1:2]
+        if backward:
+            ops.rms_norm_silu_backward(h, h, meta(*affine), meta(*affine), 1e-12, act, True, True, True)
+        else:
+            ops.rms_norm_silu(h, meta(*affine), meta(*affine), h, 1e-12, act)
+
     for capability in (90, 80):
         for name, dtype in DTYPES.items():
             size = dtype.itemsize
@@ -167,6 +182,9 @@ def cases() -> Iterator[Case]:
             # Read for the mean, for the squares about it and for y; g and h for the sums and for g_h.
             yield Case("group_norm_silu", lambda d=dtype: norm(d), *both, [size] * 3, [size])
             yield Case("group_norm_silu_backward", lambda d=dtype: norm_backward(d), *both, [size] * 4, [size])
+            # Once each: h and what is added, or g and h.
+            yield Case("rms_norm_silu", lambda d=dtype: rms_norm(d), *both, [size] * 2, [size])
+            yield Case("rms_norm_silu_backward", lambda d=dtype: rms_norm(d, backward=True), *both, [size] * 2, [size])
     # What comes once is compiled once: other formats and options.
     small = meta(*IMAGES, dtype=torch.bfloat16)
     byte = meta(*IMAGES, dtype=torch.uint8)
@@ -224,6 +242,20 @@ def cases() -> Iterator[Case]:
         ("group_norm_silu_of_one_number", lambda: norm(torch.float32, shape=(1, 1, 1, 1), groups=1)),
         ("group_norm_silu_backward_of_one_number", lambda: norm_backward(torch.float32, shape=(1, 1, 1, 1), groups=1)),
     ]
+    for direction in ("", "_backward"):
+        options: list[tuple[str, dict[str, Any]]] = [
+            ("channels_last", {"cl": True, "per_sample": True}),
+            ("wide_channels_last", {"cl": True, "shape": (16, 1024, 8, 8), "per_sample": True}),
+            ("wide", {"shape": (16, 512, 8, 8)}),
+            ("identity", {"act": "none"}),
+            ("in_runs", {"shape": (16, 2048, 8, 8)}),
+            ("in_runs_channels_last", {"shape": (1, 24576, 2, 2), "cl": True}),
+            ("of_one_number", {"shape": (1, 1, 1, 1)}),
+        ]
+        for case, chosen in options:
+            dtype = torch.float32 if case == "identity" else torch.bfloat16
+            function = functools.partial(rms_norm, dtype, backward=bool(direction), **chosen)
+            extra.append((f"rms_norm_silu{direction}_{case}", function))
     yield from (Case(name, call, "mixed", 90) for name, call in extra)
     in_parts = {"group_norm_silu": norm, "group_norm_silu_backward": norm_backward}
     for name, function in in_parts.items():

@@ -33,6 +33,10 @@ import ddpm_fast  # noqa: E402
 from ddpm_fast import backends  # noqa: E402
 from ddpm_fast.backends import native  # noqa: E402
 
+# What `with torch.device(...)` redirects is looked up once: here, before a test replaces torch.empty.
+with torch.device("meta"):
+    torch.empty(0)
+
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "no_poison: allocations are left alone (torch.compile traces them)")

@@ -59,6 +59,21 @@ def test_group_norm_silu_compiles_forward_and_backward():
         assert mine.stride() == theirs.stride()
 
 
+def test_rms_norm_silu_compiles_forward_and_backward():
+    def loss(h, weight, scale, shift, residual):
+        y = ops.rms_norm_silu(h, weight, scale=scale, shift=shift, residual=residual)
+        return (y * y).sum()
+
+    h, residual = (rand(IMAGE, seed=seed, kind="channels_last") for seed in (0, 4))
+    arguments = [h, rand(IMAGE[1:2], seed=1), rand(IMAGE[:2], seed=2), rand(IMAGE[:2], seed=3), residual]
+    leaves = [value.requires_grad_() for value in arguments]
+    expected = torch.autograd.grad(loss(*leaves), leaves)
+    got = torch.autograd.grad(compiled(loss, "aot_eager")(*leaves), leaves)
+    for mine, theirs in zip(got, expected, strict=True):
+        torch.testing.assert_close(mine, theirs)
+        assert mine.stride() == theirs.stride()
+
+
 def test_reverse_step_compiles_once_over_rows():
     def step(x, m, row):
         ops.ddpm_step(x, m, STEPS, T_OF_ROW, row, RNG)

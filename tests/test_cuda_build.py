@@ -20,6 +20,8 @@ OPS = [
     "add_bias_temb",
     "group_norm_silu",
     "group_norm_silu_backward",
+    "rms_norm_silu",
+    "rms_norm_silu_backward",
 ]
 
 pytestmark = [
@@ -151,12 +153,19 @@ NORM_WIDTHS = {
     "group_norm_silu_across_kernel<float, 4>": (4, 1, 128),
     "group_norm_silu_across_kernel<__nv_bfloat16, 4>": (4, 1, 64),
     "group_norm_silu_backward_across_kernel<float, 2>": (4, 1, 64),
+    **{f"rms_norm_silu_kernel<{t}>": (6, 1, 128) for t in ("float, 4", "__nv_bfloat16, 8", "__half, 8")},
+    **{f"rms_norm_silu_across_kernel<{k}, __nv_bfloat16, 8>": (3, 1, 128) for k in (8, 32)},
+    "rms_norm_silu_across_kernel<32, float, 4>": (3, 1, 128),
+    "rms_norm_silu_backward_kernel<float, 4>": (8, 1, 128),
+    "rms_norm_silu_backward_kernel<__nv_bfloat16, 4>": (8, 1, 64),
+    **{f"rms_norm_silu_backward_across_kernel<{k}, float, 4>": (5, 1, 128) for k in (8, 32)},
+    "rms_norm_silu_backward_across_kernel<32, __nv_bfloat16, 4>": (5, 1, 64),
 }
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize("name", NORM_WIDTHS)
-def test_group_norm_silu_moves_packs(arch: str, name: str, kernels: dict[str, dict[str, Kernel]]) -> None:
+def test_norms_move_packs(arch: str, name: str, kernels: dict[str, dict[str, Kernel]]) -> None:
     loads, stores, width = NORM_WIDTHS[name]
     kernel = kernels[arch][name]
     assert kernel.count(rf"LDG\.E\.{width}\b") >= loads

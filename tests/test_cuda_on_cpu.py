@@ -19,7 +19,7 @@ sys.path.insert(0, str(TESTS / "cuda_on_cpu"))
 
 import build  # noqa: E402
 
-OPS = ["normal", "q_sample", "add_bias_temb", "group_norm_silu", "ddpm_step", "noise_mse"]
+OPS = ["normal", "q_sample", "add_bias_temb", "group_norm_silu", "rms_norm_silu", "ddpm_step", "noise_mse"]
 
 pytestmark = pytest.mark.skipif(
     not sys.platform.startswith("linux"), reason="needs Linux and g++: the lanes of a block switch stacks with ucontext"
@@ -67,8 +67,9 @@ def test_the_op_tests_pass_with_the_cuda_kernels(module: Path) -> None:
 
 
 def test_the_kernels_equal_the_cpp_half(module: Path) -> None:
-    files = [str(TESTS / "cuda_on_cpu" / name) for name in ("check_kernels.py", "check_group_norm.py")]
-    assert passed(module, "--noconftest", *files) > 1100
+    names = ("check_kernels.py", "check_group_norm.py", "check_rms_norm.py")
+    files = [str(TESTS / "cuda_on_cpu" / name) for name in names]
+    assert passed(module, "--noconftest", *files) > 1200
 
 
 def test_divisions_by_multiplication_are_right(tmp_path: Path) -> None:

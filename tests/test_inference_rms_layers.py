@@ -1,5 +1,5 @@
-"""The CPU layers of lucidrains' U-Net against float64, for every instruction set that can be used here: RMSNorm, 2x2
-and 7x7 convolutions, linear attention, attention with memory tokens.
+"""RMSNorm and the 2x2 and 7x7 convolutions of the CPU layers against float64, for every instruction set that can be
+used here.
 
 Layers run through `_C.Program` as in a plan, on slices of wider buffers with guard values around what they write.
 """
@@ -34,8 +34,6 @@ pytestmark = pytest.mark.skipif(not native.available(), reason="the extension ha
 
 # A bfloat16 is off by 2^-9 at most, half of that on average; two roundings where a residual is added in place.
 NORM_TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 2.5e-3}
-
-ATTENTION_TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 3.5e-3}  # the probabilities are rounded, too
 
 
 class Norm:
@@ -158,79 +156,6 @@ def torch_threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-class Attend:
-    """An attention layer with memory tokens; qkv: [n, tokens, 3 c] slice, memory: [2, heads, tokens, c / heads]."""
-
-    def __init__(self, heads: int, memory: Tensor) -> None:
-        self.heads, self.memory, self.scale = heads, memory, memory.shape[-1] ** -0.5
-
-    def run(self, isa: str, qkv: Tensor, y: Tensor, threads: int = 1) -> Tensor:
-        n, tokens, c = y.shape
-        program, (keys, values) = extension._C.Program(COLUMNS), self.memory
-        what = (n, tokens, c, self.heads, self.scale, keys.data_ptr(), values.data_ptr(), keys.shape[1])
-        program.attention(isa, *what, qkv.data_ptr(), qkv.stride(1), y.data_ptr(), y.stride(1))
-        Tables(n, labels=False).run(program, threads)
-        return y
-
-    def exact(self, qkv: Tensor) -> Tensor:
-        n, tokens, c = qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3
-        q, k, v = qkv.double().reshape(n, tokens, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        keys, values = (part.to(qkv.dtype).double().expand(n, *part.shape) for part in self.memory)
-        k, v = torch.cat([keys, k], 2), torch.cat([values, v], 2)
-        scores = q @ k.transpose(2, 3) * self.scale
-        return (scores.softmax(-1) @ v).transpose(1, 2).reshape(n, tokens, c)
-
-
-@pytest.mark.parametrize("isa", DTYPES)
-class TestAttentionWithMemory:
-    @pytest.mark.parametrize(
-        ("n", "tokens", "c", "heads", "memory"),
-        [
-            (1, 1, 16, 1, 4),
-            (2, 16, 128, 4, 4),
-            (3, 37, 48, 2, 5),  # 24 channels a head
-            (1, 256, 64, 2, 4),  # one block of keys
-            (1, 270, 64, 2, 4),  # two
-            (2, 3, 32, 1, 300),  # the memory alone is more than a block
-            (1, 40, 16, 2, 1),
-        ],
-    )
-    def test_matches_float64(self, isa, n, tokens, c, heads, memory) -> None:
-        attend = Attend(heads, random(2, heads, memory, c // heads, seed=6))
-        source, qkv = slice_of(random(n, tokens, 3 * c, seed=4, dtype=DTYPES[isa]), before=2, after=0)
-        target, y = slice_of(torch.zeros(n, tokens, c, dtype=DTYPES[isa]), before=6, after=2)
-        exact = attend.exact(qkv)
-        attend.run(isa, qkv, y)
-        assert relative_error(y, exact) < ATTENTION_TOLERANCE[DTYPES[isa]]
-        assert guards_hold(target, y)
-        assert guards_hold(source, qkv)
-        for threads in (2, 3):
-            assert torch.equal(attend.run(isa, qkv, torch.empty_like(y), threads), y)
-        assert torch.equal(attend.run(isa, qkv[:1], torch.empty_like(y[:1])), y[:1])
-
-    def test_scores_far_beyond_what_exponentials_hold(self, isa) -> None:
-        attend = Attend(2, random(2, 2, 4, 16, seed=6) * 100)
-        qkv = random(1, 20, 96, seed=4, dtype=DTYPES[isa]) * 100
-        got = attend.run(isa, qkv, output_of(qkv))
-        assert relative_error(got, attend.exact(qkv)) < 2 * ATTENTION_TOLERANCE[DTYPES[isa]]
-
-    def test_new_values_in_the_memory_are_used(self, isa) -> None:
-        """Weights are rewritten in place."""
-        attend, tables = Attend(1, random(2, 1, 4, 16, seed=6)), Tables(1, labels=False)
-        qkv = random(1, 5, 48, seed=4, dtype=DTYPES[isa])
-        program, y = extension._C.Program(COLUMNS), output_of(qkv)
-        memory = (attend.memory[0].data_ptr(), attend.memory[1].data_ptr(), 4)
-        program.attention(isa, 1, 5, 16, 1, attend.scale, *memory, qkv.data_ptr(), 48, y.data_ptr(), 16)
-        for seed in (6, 7):
-            attend.memory.copy_(random(2, 1, 4, 16, seed=seed))
-            tables.run(program, 1)
-            assert relative_error(y, attend.exact(qkv)) < ATTENTION_TOLERANCE[DTYPES[isa]]
-
-
-def output_of(qkv: Tensor) -> Tensor:
-    return qkv.new_empty(*qkv.shape[:2], qkv.shape[2] // 3)
-
-
 @pytest.mark.parametrize("isa", DTYPES)
 class TestDown:
     @pytest.mark.parametrize(
@@ -312,12 +237,6 @@ class TestBadInput:
     def test_norm(self, arguments, message) -> None:
         with pytest.raises(ValueError, match=message):
             self.norm(**arguments)
-
-    def test_memory_needs_its_tokens(self) -> None:
-        isa = next(iter(DTYPES))
-        for keys, values, tokens in ((0, 8, 4), (8, 0, 4), (8, 8, -1)):
-            with pytest.raises(ValueError, match=f"memory needs keys, values and a number of tokens, got {tokens} tok"):
-                extension._C.Program(0).attention(isa, 1, 4, 32, 2, 1.0, keys, values, tokens, 0, 96, 0, 32)
 
     def test_down_needs_even_sizes(self) -> None:
         isa = next(iter(DTYPES))

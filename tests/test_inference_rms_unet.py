@@ -217,6 +217,32 @@ def test_a_changed_weight_is_noticed() -> None:
         before = changed
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_reading_changes_and_shares_nothing(dtype) -> None:
+    net = make_net(learned_sinusoidal_cond=True).to(dtype)
+    before, t = copy.deepcopy(net.state_dict()), torch.tensor([3, 500])
+    network = known.read(net)
+    features = network.time.features(t)
+    for tensor in network.tensors():
+        assert tensor.dtype == torch.float32
+        assert tensor.is_contiguous()
+        assert not tensor.requires_grad
+        tensor.zero_()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
+    assert torch.equal(features, net.time_mlp[0](t))
+    assert not torch.equal(network.time.features(t), features), "it computes with what is among the tensors"
+
+
+def test_a_model_that_does_not_run_in_a_dtype_is_no_rival(monkeypatch) -> None:
+    def refuses(*_: object) -> Tensor:
+        raise RuntimeError("mat1 and mat2 must have the same dtype")
+
+    net, (x, t) = make_net(), inputs(2, (3, 8, 8))
+    expected = exact(net, x, t)
+    monkeypatch.setattr(RMSNormUNet, "forward", refuses)
+    assert relative_error(inference.compile(net)(x, t), expected) < 5e-6
+
+
 def test_where_it_is_faster_the_model_runs_itself_with_its_condition(monkeypatch) -> None:
     monkeypatch.setattr(module.Module, "beats", lambda *_: 1.0)
     net, (x, t) = make_net(self_condition=True), inputs(2, (3, 8, 8))

@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import random
 
 import diffusers
 import pytest
@@ -315,3 +316,21 @@ def test_bad_arguments(lucidrains, theirs):
 
     model = Named(**SMALL)
     assert_same_state(from_lucidrains(copy.deepcopy(model)), model)
+
+
+def test_the_packages_diffusion_trains_and_samples_ours(lucidrains, theirs):
+    """What wraps a Unet there wraps ours: the same loss and gradients, and a step of sampling."""
+    model = theirs("self condition")
+    images = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    results = []
+    for network in (model, from_lucidrains(model)):
+        diffusion = lucidrains.GaussianDiffusion(network, image_size=8, timesteps=10)
+        torch.manual_seed(1)
+        random.seed(1)  # 0.13: conditioned on its own estimate
+        loss = diffusion(images)
+        loss.backward()
+        with torch.no_grad():
+            sampled, _ = diffusion.p_sample(2 * images - 1, 0, images)
+        results.append((loss.detach(), network.init_conv.weight.grad, sampled))
+    for got, expected in zip(results[1], results[0], strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)

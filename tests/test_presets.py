@@ -129,3 +129,21 @@ def test_the_table_is_frozen_and_names_are_checked():
         DEFAULT.clip = 1.0
     with pytest.raises(ValueError, match="like must be one of tutorial, diffusers, lucidrains, openai, got 'edm'"):
         preset("edm")
+
+
+def test_schedules_by_the_names_of_each_peer():
+    assert Schedule.like("lucidrains", 250) == Schedule.sigmoid_alphas_cumprod(250)
+    assert Schedule.like("lucidrains", 250, "sigmoid", tau=0.9) == Schedule.sigmoid_alphas_cumprod(250, tau=0.9)
+    assert Schedule.like("diffusers", 250, "sigmoid") == Schedule.sigmoid_betas(250)
+    assert Schedule.like("diffusers", 250, "squaredcos_cap_v2") == Schedule.cosine(250)
+    assert Schedule.like("diffusers", 250, "laplace") == Schedule.laplace(250)
+    assert Schedule.like("openai", 250) == Schedule.like("lucidrains", 250, "linear")
+    assert Schedule.like("openai", 250) != Schedule.like("tutorial", 250) == Schedule.linear(250)
+
+
+@pytest.mark.parametrize("peer", ["tutorial", "openai"])
+def test_a_peer_that_has_no_sigmoid_does_not_guess_which(peer):
+    with pytest.raises(ValueError, match=r"schedule must be one of linear, .*, got 'sigmoid'"):
+        Schedule.like(peer, 100, "sigmoid")
+    with pytest.raises(ValueError, match="like must be one of tutorial, diffusers"):
+        Schedule.like("keras", 100)

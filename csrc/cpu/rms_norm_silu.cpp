@@ -12,7 +12,7 @@
 namespace ddpm_fast {
 namespace {
 
-constexpr int64_t kElements = 8192;                   // of a tile, about
+constexpr int64_t kAcross = 8192, kAlong = 32768;     // elements of a tile, about; long rows need fewer calls
 constexpr int64_t kFewPlaces = 32, kPlaces = 2048;    // of a tile in contiguous format, where there are so many
 constexpr int64_t kSumRows = 64, kSumColumns = 2048;  // what one call of a sum may take (row_sums.h)
 constexpr int64_t kParts = 16;                        // of a sample, at most
@@ -25,8 +25,9 @@ bool is_across(const Shape& shape) { return shape.channels > 1 && (shape.channel
 struct Cut {
   int64_t places, tiles, parts;
   explicit Cut(const Shape& shape) {
-    const int64_t wanted = std::max<int64_t>(1, kElements / shape.channels);
-    places = is_across(shape) ? wanted : std::min(std::max(wanted / kLine * kLine, kFewPlaces), kPlaces);
+    const bool across = is_across(shape);
+    const int64_t wanted = std::max<int64_t>(1, (across ? kAcross : kAlong) / shape.channels);
+    places = across ? wanted : std::min(std::max(wanted / kLine * kLine, kFewPlaces), kPlaces);
     places = std::min(places, shape.inner);
     const int64_t all = (shape.inner + places - 1) / places;
     tiles = (all + kParts - 1) / kParts;
@@ -101,11 +102,47 @@ RmsCoefficients from(const RmsCoefficients& c, int64_t channel, int64_t place) {
   return {c.weight + channel, c.beta + channel, c.factor + place, c.slope + place};
 }
 
+// Images as the loops read and write them: where they lie, or in `scratch` as float32.
+class Images {
+ public:
+  Images(const RmsNormSiluArgs& args, bool across)
+      : kind{across, args.silu, args.h.dtype == DType::bf16 && (!args.g || args.g.dtype == DType::bf16)} {}
+  const RmsKind kind;
+
+  ImageRows read(const Array& array, const Rows& rows, float* scratch) const {
+    if (kind.half) return {static_cast<const uint16_t*>(array.data) + rows.at, rows.stride};
+    const FloatRows floats = load_rows(array, rows, scratch);
+    return {floats.v, floats.stride};
+  }
+  // h of places side by side is packed: it is read again and again, and rows a power of two apart would share a few
+  // lines of the first cache.
+  ImageRows read_h(const Array& array, const Rows& rows, float* scratch) const {
+    if (kind.across) return read(array, rows, scratch);
+    const FloatRows floats = load_rows(array, rows, scratch);
+    if (floats.stride == rows.length) return {floats.v, floats.stride};
+    for (int64_t r = 0; r < rows.count; ++r)
+      std::copy(floats.v + r * floats.stride, floats.v + r * floats.stride + rows.length, scratch + r * rows.length);
+    return {scratch, rows.length};
+  }
+  ImageRows from(const ImageRows& h, int64_t r, int64_t i) const {
+    const int64_t bytes = kind.across && kind.half ? 2 : 4;
+    return {static_cast<const char*>(h.v) + (r * h.stride + i) * bytes, h.stride};
+  }
+  // Calls body(output) and sees to it that what it wrote there is in the array.
+  template <typename Body>
+  void write(const Array& array, const Rows& rows, float* scratch, const Body& body) const {
+    if (kind.half) return body(OutputRows{static_cast<uint16_t*>(array.data) + rows.at, rows.stride});
+    const StoreRows floats = begin_store_rows(array, rows, scratch);
+    body(OutputRows{floats.v, floats.stride});
+    store_rows(array, rows, floats);
+  }
+};
+
 // Sets scratch.squares and scratch.factor.
-void take_norms(const Place& at, const FloatRows& h, Scratch& scratch) {
+void take_norms(const Place& at, const Images& images, const ImageRows& h, Scratch& scratch) {
   std::fill(scratch.squares.begin(), scratch.squares.end(), 0.0);
   for_each_piece(at.rows(), [&](const Rows& rows, int64_t r, int64_t i) {
-    rms_sum_squares(from(h, r, i), scratch.squares.data() + (at.across ? r : i), rows, at.across);
+    rms_sum_squares(images.kind, images.from(h, r, i), scratch.squares.data() + (at.across ? r : i), rows);
   });
   const double root = std::sqrt(static_cast<double>(at.args.shape.channels)), eps = static_cast<double>(at.args.eps);
   for (size_t p = 0; p < static_cast<size_t>(at.count); ++p) {
@@ -116,13 +153,15 @@ void take_norms(const Place& at, const FloatRows& h, Scratch& scratch) {
 
 // Sets scratch.slope: factor mean(g_x xhat) over the channels, 0 where the norm counts as constant.
 void take_slopes(
-    const Place& at, const FloatRows& g_u, const FloatRows& h, const RmsCoefficients& c, Scratch& scratch
+    const Place& at, const Images& images, const FloatRows& g_u, const ImageRows& h, const RmsCoefficients& c,
+    Scratch& scratch
 ) {
   std::fill(scratch.products.begin(), scratch.products.end(), 0.0);
   for_each_piece(at.rows(), [&](const Rows& rows, int64_t r, int64_t i) {
     const int64_t channel = at.across ? i : r, place = at.across ? r : i;
     double* products = scratch.products.data() + place;
-    rms_sum_products(from(g_u, r, i), from(h, r, i), from(c, channel, place), products, rows, at.across);
+    const RmsCoefficients here = from(c, channel, place);
+    rms_sum_products(images.kind, from(g_u, r, i), images.from(h, r, i), here, products, rows);
   });
   const double inverse = 1.0 / static_cast<double>(at.args.shape.channels), eps = static_cast<double>(at.args.eps);
   for (size_t p = 0; p < static_cast<size_t>(at.count); ++p) {
@@ -154,15 +193,16 @@ Status rms_norm_silu_cpu(const RmsNormSiluArgs& args, int threads) {
   const Shape& shape = args.shape;
   if (shape.n <= 0 || shape.elements() <= 0) return {};
   const Affine affine(args);
+  const Images images(args, is_across(shape));
   for_each_place(args, Cut(shape), threads, 3, [&](const Place& at, int64_t, Scratch& scratch) {
     const Rows rows = at.rows();
-    const FloatRows h = load_rows(args.h, rows, scratch.tile(0));
-    take_norms(at, h, scratch);
+    const ImageRows h = images.read_h(args.h, rows, scratch.tile(0));
+    take_norms(at, images, h, scratch);
     const RmsCoefficients c{affine.weight(at.n), affine.beta(at.n), scratch.factor.data(), nullptr};
-    const FloatRows added = args.residual ? load_rows(args.residual, rows, scratch.tile(1)) : FloatRows{nullptr, 0};
-    const StoreRows y = begin_store_rows(args.y, rows, scratch.tile(2));
-    rms_normalize_rows(h, c, added, y, rows, at.across, args.silu);
-    store_rows(args.y, rows, y);
+    const ImageRows added = args.residual ? images.read(args.residual, rows, scratch.tile(1)) : ImageRows{nullptr, 0};
+    images.write(args.y, rows, scratch.tile(2), [&](const OutputRows& y) {
+      rms_normalize_rows(images.kind, h, c, added, y, rows);
+    });
   });
   return {};
 }
@@ -172,29 +212,31 @@ Status rms_norm_silu_backward_cpu(const RmsNormSiluArgs& args, int threads) {
   if (shape.n <= 0 || shape.elements() <= 0) return {};
   const Affine affine(args);
   const Cut cut(shape);
+  const Images images(args, is_across(shape));
   const int64_t channels = shape.channels;
   const bool summed = args.d_weight != nullptr;
   std::vector<double> sums(summed ? static_cast<size_t>(shape.n * cut.parts * 2 * channels) : 0);
   for_each_place(args, cut, threads, 3, [&](const Place& at, int64_t part, Scratch& scratch) {
     const Rows rows = at.rows();
-    const FloatRows h = load_rows(args.h, rows, scratch.tile(0)), g = load_rows(args.g, rows, scratch.tile(1));
-    take_norms(at, h, scratch);
+    const ImageRows h = images.read_h(args.h, rows, scratch.tile(0)), g = images.read(args.g, rows, scratch.tile(1));
+    take_norms(at, images, h, scratch);
     const RmsCoefficients c{affine.weight(at.n), affine.beta(at.n), scratch.factor.data(), scratch.slope.data()};
-    if (args.silu) rms_activation_gradient_rows(g, h, c, scratch.tile(2), rows, at.across);
-    const FloatRows g_u = args.silu ? FloatRows{scratch.tile(2), rows.length} : g;
+    rms_activation_gradient_rows(images.kind, g, h, c, scratch.tile(2), rows);
+    const FloatRows g_u{scratch.tile(2), rows.length};
     if (summed) {
       double* of_part = sums.data() + (at.n * cut.parts + part) * 2 * channels;
       for_each_piece(rows, [&](const Rows& piece, int64_t r, int64_t i) {
         const int64_t channel = at.across ? i : r, place = at.across ? r : i;
         double* const to[] = {of_part + channel, of_part + channels + channel};
-        rms_sum_gradients(from(g_u, r, i), from(h, r, i), from(c, channel, place), to, piece, at.across);
+        const RmsCoefficients here = from(c, channel, place);
+        rms_sum_gradients(images.kind, from(g_u, r, i), images.from(h, r, i), here, to, piece);
       });
     }
     if (!args.g_h) return;
-    take_slopes(at, g_u, h, c, scratch);
-    const StoreRows g_h = begin_store_rows(args.g_h, rows, scratch.tile(args.silu ? 1 : 2));  // the one not read here
-    rms_pull_back_rows(g_u, h, c, g_h, rows, at.across);
-    store_rows(args.g_h, rows, g_h);
+    take_slopes(at, images, g_u, h, c, scratch);
+    images.write(args.g_h, rows, scratch.tile(1), [&](const OutputRows& g_h) {  // g has been read
+      rms_pull_back_rows(images.kind, g_u, h, c, g_h, rows);
+    });
   });
   for (int64_t n = 0; summed && n < shape.n; ++n) {
     const double* first = sums.data() + n * cut.parts * 2 * channels;

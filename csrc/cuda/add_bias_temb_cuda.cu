@@ -69,8 +69,6 @@ struct Gradients {
   }
 };
 
-__device__ float sum_of(const Floats<1>& one) { return one[0]; }
-
 // Contiguous: a group of threads goes along the inner elements of one (n, c).
 template <int kGroup, typename T, int N>
 __global__ void __launch_bounds__(kThreads) add_bias_temb_backward_kernel(AddBiasTembBackwardArgs args, Work work) {

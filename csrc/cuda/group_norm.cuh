@@ -7,7 +7,7 @@
 // time.
 #pragma once
 
-#include "reduce.cuh"
+#include "columns.cuh"
 
 namespace ddpm_fast {
 
@@ -61,29 +61,6 @@ struct Share {
   }
 };
 
-// channels_last: the threads of a block as rows of `columns` packs; a thread has the places row, row + rows, ... of the
-// packs column, column + columns, ...
-struct Columns {
-  uint32_t packs, columns, rows, column, row;
-  __device__ explicit Columns(uint32_t packs) : packs(packs), columns(packs < kThreads ? packs : kThreads) {
-    rows = kThreads / columns;
-    row = threadIdx.x / columns;
-    column = threadIdx.x - row * columns;
-  }
-  // Calls body(pack, whether the thread has it) equally often in all threads.
-  template <typename Body>
-  __device__ void for_each_pack(const Body& body) const {
-    for (uint32_t first = 0; first < packs; first += columns)
-      body(first + column, row < rows && first + column < packs);
-  }
-  // Calls body(offset) for the places of a pack of N channels.
-  template <int N, typename Body>
-  __device__ void for_each_place(const Share& share, const Work& work, uint32_t pack, const Body& body) const {
-    for (uint32_t place = row; place < share.places; place += rows)
-      body(share.start + (static_cast<int64_t>(place) * work.channels + pack * N));
-  }
-};
-
 // Contiguous: calls body(channel of the group, offset) for the packs of a thread.
 template <int N, typename Body>
 __device__ void for_each_pack(const Share& share, const Work& work, const Division& division, const Body& body) {
@@ -95,8 +72,6 @@ __device__ void for_each_pack(const Share& share, const Work& work, const Divisi
 }
 
 // ---- coefficients ----
-
-__device__ inline float number_at(const Array& array, int64_t at) { return load_at<AnyFloat, 1>(array, at)[0]; }
 
 // bias[c] + temb[n, c]
 __device__ inline float added_to(const GroupNormSiluArgs& args, const Work& work, int64_t sample, uint32_t channel) {
@@ -135,11 +110,6 @@ struct Affines {
 
 // ---- sums ----
 
-__device__ inline float sum_of(const Floats<1>& one) { return one[0]; }
-__device__ inline float sum_of(const Floats<8>& x) {
-  return ((x[0] + x[1]) + (x[2] + x[3])) + ((x[4] + x[5]) + (x[6] + x[7]));
-}
-
 // The sum over the block, in every thread.
 __device__ inline float block_sum(float value) {
   __shared__ float total;
@@ -149,29 +119,6 @@ __device__ inline float block_sum(float value) {
   value = total;
   __syncthreads();
   return value;
-}
-
-// The sums over the rows of a column, as a tree, in the threads of row 0. All threads of the block must call it.
-template <int N>
-__device__ inline void sum_rows(const Columns& at, Floats<N>& sums) {
-  __shared__ float of_thread[N][kThreads];
-#pragma unroll
-  for (int j = 0; j < N; ++j)
-    of_thread[j][threadIdx.x] = sums[j];
-  __syncthreads();
-  for (uint32_t rows = at.rows; rows > 1; rows = (rows + 1) / 2) {
-    const uint32_t half = (rows + 1) / 2;
-    if (at.row + half < rows) {
-#pragma unroll
-      for (int j = 0; j < N; ++j)
-        of_thread[j][threadIdx.x] = of_thread[j][threadIdx.x] + of_thread[j][threadIdx.x + half * at.columns];
-    }
-    __syncthreads();
-  }
-#pragma unroll
-  for (int j = 0; j < N; ++j)
-    sums[j] = of_thread[j][threadIdx.x];
-  __syncthreads();  // of_thread may be written again by the next call
 }
 
 // ---- host side ----

@@ -141,6 +141,8 @@ __device__ inline void store_at(const Array& array, int64_t offset, const Floats
   with_data<T>(array, [&](auto* data) { store_pack(data + offset, values); });
 }
 
+__device__ inline float number_at(const Array& array, int64_t at) { return load_at<AnyFloat, 1>(array, at)[0]; }
+
 template <typename T, typename Place>
 __device__ inline Quad load_image(const Array& array, const Place& at) {
   Quad out;

@@ -19,7 +19,11 @@ struct Sum {
   __device__ float total() const { return is_finite(lost) ? value + lost : value; }
 };
 
+__device__ inline float sum_of(const Floats<1>& one) { return one[0]; }
 __device__ inline float sum_of(const Quad& q) { return (q[0] + q[1]) + (q[2] + q[3]); }
+__device__ inline float sum_of(const Floats<8>& x) {
+  return ((x[0] + x[1]) + (x[2] + x[3])) + ((x[4] + x[5]) + (x[6] + x[7]));
+}
 
 // The sum over each group of kGroup neighbouring threads, in its first thread. All threads of the block must call it.
 template <int kGroup>

@@ -9,8 +9,16 @@ from torch import Tensor
 
 from ddpm_fast.backends.layout import Layout, Staged
 
-PLACES_OF_PART = 256
-"""CUDA, backward: the sums over places are taken in parts of about so many."""
+PLACES_OF_PART, ELEMENTS_OF_PART, MAX_PARTS = 32, 4096, 1024
+"""CUDA, backward: the sums over places are taken in parts, a block each: of so many places, or in channels_last of
+about so many elements; of more where the parts would become too many."""
+
+
+def _parts(layout: Layout) -> int:
+    places = PLACES_OF_PART
+    if layout.channels_last:
+        places = max(1, ELEMENTS_OF_PART // layout.channels)
+    return min(-(-layout.inner // places), MAX_PARTS)
 
 
 def _arguments(
@@ -79,7 +87,7 @@ def rms_norm_silu_backward(
     if h.numel() > 0:
         layout = Layout.of(h)
         where = native._target(h)
-        parts = -(-layout.inner // PLACES_OF_PART) if summed and where[0] >= 0 else 1
+        parts = _parts(layout) if summed and where[0] >= 0 else 1
         workspace = None if parts == 1 else h.new_empty(2 * n * channels * parts, dtype=torch.float32)
         x, g_y, out = layout.dense(h), layout.dense(g), Staged(g_h, layout) if need_h else None
         weight, beta = native._flat(weight), native._flat(beta)

@@ -31,7 +31,8 @@ MOST_TABLED = 4000
 
 
 class Compiled:
-    """A fused inference plan of a model: call it as `m = compiled(x, t)` or `compiled(x, t, labels)`.
+    """A fused inference plan of a model: call it as `m = compiled(x, t)`, `compiled(x, t, labels)` or, where it is
+    self-conditioned, `compiled(x, t, x_self_cond=x0)`.
 
     Made by `ddpm_fast.inference.compile`, which says what the arguments mean. The model stays the caller's: it is read,
     never written to, and its weights are watched (see `refresh`). Results carry no gradients. Calls from several

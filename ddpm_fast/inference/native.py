@@ -90,9 +90,7 @@ def _kinds(layer: Layer, h: int, w: int) -> list[str]:
             return [kind for kind in kinds if ONLY_AT.get(kind, (h, w)) == (h, w)]
         case Down():
             return [] if h % 2 or w % 2 else ["down"]
-        case LinearAttention():
-            return []
-        case Attention() if layer.memory is not None:
+        case LinearAttention() if layer.target.channels % (MULTIPLE * layer.heads):
             return []
         case Output():
             return ["output" if layer.weight.shape[-1] == 1 else "output3x3"]
@@ -120,6 +118,9 @@ class NativeLayer:
             case Attention():
                 what = (channels, layer.heads, layer.scale, *_memory(layer))
                 program.attention(self.isa, place.n, place.h * place.w, *what, *source, *target)
+            case LinearAttention():
+                what = (channels, layer.heads, layer.scale, *_memory(layer))
+                program.linear_attention(self.isa, place.n, place.h * place.w, *what, *source, *target)
             case RMSNorm():
                 affine = (layer.weight.data_ptr(), layer.silu, *_columns(layer))
                 program.rms_norm(self.isa, *size, channels, layer.eps, *source, *affine, *residual, *target)

@@ -154,14 +154,14 @@ class Plan:
             head += f"; not used: the model as it is was faster, in {self.module.dtype}"
         if self.tried != self.n and any(us is not None for _, us in self.choices[0].times):
             head += f"; measured with {self.tried} images"
-        lines = [head]
+        lines, width = [head], max(len(ranking.layer) for ranking in self.choices)
         for ranking in self.choices:
             shown = [name if us is None else f"{name} {us:.0f} us" for name, us in ranking.times]
             others = f"   ({', '.join(shown[1:])})" if len(shown) > 1 else ""
-            lines.append(f"  {ranking.layer:<18} {shown[0]}{others}")
+            lines.append(f"  {ranking.layer:<{width}} {shown[0]}{others}")
         measured = [us for us in (ranking.times[0][1] for ranking in self.choices) if us is not None]
         if measured:
-            lines.append(f"  {'sum':<18} {sum(measured):.0f} us")
+            lines.append(f"  {'sum':<{width}} {sum(measured):.0f} us")
         return "\n".join(lines)
 
 

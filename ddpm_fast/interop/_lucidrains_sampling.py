@@ -109,7 +109,10 @@ class Sampling(Process):
         """float32 (B, C, H, W), or (B, steps + 1, C, H, W) from x_T on; DDIM if sampling_timesteps < timesteps."""
         loop = self.ddim_sample if self.is_ddim_sampling else self.p_sample_loop
         shape = (batch_size, self.channels, *self.image_size)
-        return loop(shape, return_all_timesteps, seed=seed, first_sample=first_sample, generator=generator)
+        # Only what was given: a subclass may have a loop with the package's arguments alone.
+        ours = {"seed": seed, "first_sample": first_sample or None, "generator": generator}
+        given: Choices = {name: value for name, value in ours.items() if value is not None}
+        return loop(shape, return_all_timesteps=return_all_timesteps, **given)
 
     def p_sample_loop(
         self,
@@ -193,14 +196,13 @@ class Sampling(Process):
         if generator is not None:
             if seed is not None or first_sample:
                 raise ValueError("generator draws all noise: it excludes seed and first_sample; pass it alone")
-            device = sampler._device(None)
-            draw = drawing(generator, n, tuple(sizes), torch.float32, device)
+            draw = drawing(generator, n, tuple(sizes), torch.float32, self.device)
             noise = draw  # bound here: the function below must not see draw as optional
             # A seed, though none is used: the sampler would draw one, from what may be this very generator.
             arguments = {"x": draw(), "noise": lambda row, t: noise(), "seed": 0}
         elif every:
             seed = seed_of(seed)
-            x = ops.normal(n, sizes, seed=seed, first_sample=first_sample, device=sampler._device(None))
+            x = ops.normal(n, sizes, seed=seed, first_sample=first_sample, device=self.device)
             arguments = {"x": x, "seed": seed, "first_sample": first_sample}
         if every:
             images = [arguments["x"]]

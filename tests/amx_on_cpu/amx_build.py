@@ -93,10 +93,8 @@ def checks(folder: Path) -> tuple[Path, Path]:
     assert found is not None
     bounds, program = folder / "check_bounds", folder / "check_program"
     emulated = [INFERENCE / "isa_amx_bf16.cpp", HERE / "check_bounds.cpp"]
-    plain = [
-        INFERENCE / f"{name}.cpp"
-        for name in ("attention", "convolution", "ends", "isa_plain", "norm", "pack", "program", "rms_norm")
-    ]
+    names = ("attention", "convolution", "ends", "isa_plain", "linear_attention", "norm", "pack", "program", "rms_norm")
+    plain = [INFERENCE / f"{name}.cpp" for name in names]
     plain += [INFERENCE.parent / "parallel.cpp", HERE / "check_program.cpp"]
 
     def one(source: Path) -> Path:

@@ -9,8 +9,10 @@
 
 #include "../../csrc/cpu/inference/attention.h"
 #include "../../csrc/cpu/inference/isa.h"
+#include "../../csrc/cpu/inference/linear_attention.h"
 #include "../../csrc/cpu/inference/norm.h"
 #include "../../csrc/cpu/inference/program.h"
+#include "../../csrc/cpu/inference/rms_norm.h"
 
 namespace ddpm_fast::inference {
 
@@ -58,7 +60,8 @@ class Buffer {
 // What the layer makes of the numbers: its output and then the pooled output, if there is one.
 Floats result(const Kernels& kernels, Kind kind, const Sizes& s, bool pool, int threads) {
   const int64_t pixels = s.n * s.h * s.w, columns = s.out,
-                taps = kind == Kind::up                               ? 4
+                taps = kind == Kind::up || kind == Kind::down         ? 4
+                       : kind == Kind::first7x7                       ? 49
                        : kind == Kind::output || kind == Kind::linear ? 1
                                                                       : 9;
   const Floats weight = numbers(taps * s.in * s.out, 1), bias = numbers(s.out, 2), x = numbers(pixels * s.in, 3);
@@ -71,13 +74,13 @@ Floats result(const Kernels& kernels, Kind kind, const Sizes& s, bool pool, int 
 
   const bool larger = kind == Kind::up || kind == Kind::doubled,
              to_image = kind == Kind::output || kind == Kind::output3x3;
-  Buffer source(kernels, x), target(kernels, pixels * (larger ? 4 : 1) * s.out);
+  Buffer source(kernels, x), target(kernels, pixels * (larger ? 4 : 1) / (kind == Kind::down ? 4 : 1) * s.out);
   Buffer pooled(kernels, pool ? pixels / 4 * s.out : 0);
   Floats image(static_cast<size_t>(pixels * s.out));
   const Place from = {source.data(), s.in}, to = {target.data(), s.out};
   const Place small = {pool ? pooled.data() : nullptr, s.out};
   Program program(columns);
-  if (kind == Kind::up || kind == Kind::linear)
+  if (kind == Kind::up || kind == Kind::down || kind == Kind::linear)
     program.add(std::make_unique<Pixelwise>(kind, kernels, s, from, to, Place{}, aligned, bias.data()));
   else if (to_image)
     program.add(std::make_unique<Output>(kind, kernels, s, from, aligned, bias.data()));
@@ -124,15 +127,54 @@ Floats norm_result(const Kernels& kernels, const Sizes& s, int64_t groups, int t
   return target.floats();
 }
 
-Floats attention_result(const Kernels& kernels, const Attention::Sizes& s, int threads) {
+// RMSNorm with scale and shift of another table row for each image, in place, with a residual.
+Floats rms_result(const Kernels& kernels, const Sizes& s, int threads) {
+  const int64_t pixels = s.n * s.h * s.w, columns = 2 * s.in;
+  const Floats weight = numbers(s.in, 1), x = numbers(pixels * s.in, 3), more = numbers(pixels * s.in, 4);
+  const Floats times = numbers(3 * columns, 5);
+  std::vector<int64_t> rows(static_cast<size_t>(s.n));
+  for (size_t i = 0; i < rows.size(); ++i)
+    rows[i] = static_cast<int64_t>(i % 3);
+  Buffer source(kernels, x), residual(kernels, more);
+  const Place place = {source.data(), s.in};
+  Program program(columns);
+  program.add(
+      std::make_unique<RmsNorm>(
+          kernels, s, 1e-12, place, RmsNorm::Affine{weight.data(), true, 0, s.in}, Place{residual.data(), s.in}, place
+      )
+  );
+  Run run;
+  run.time_table = times.data();
+  run.time_rows = rows.data();
+  program.run(run, threads);
+  return source.floats();
+}
+
+Floats attention_result(const Kernels& kernels, const Attention::Sizes& s, int64_t memory, int threads) {
   const int64_t pixels = s.n * s.tokens;
   Buffer source(kernels, numbers(pixels * 3 * s.channels, 1)), target(kernels, pixels * s.channels);
+  const Floats keys = numbers(memory * s.channels, 2), values = numbers(memory * s.channels, 3);
   Program program(0);
   program.add(
       std::make_unique<Attention>(
-          kernels, s, 0.5, Attention::Memory{}, Place{source.data(), 3 * s.channels}, Place{target.data(), s.channels}
+          kernels, s, 0.5, Attention::Memory{keys.data(), values.data(), memory}, Place{source.data(), 3 * s.channels},
+          Place{target.data(), s.channels}
       )
   );
+  program.run(Run{}, threads);
+  return target.floats();
+}
+
+Floats linear_result(const Kernels& kernels, const LinearAttention::Sizes& s, int64_t memory, int threads) {
+  const int64_t pixels = s.n * s.tokens;
+  Buffer source(kernels, numbers(pixels * 3 * s.channels, 1)), target(kernels, pixels * s.channels);
+  const Floats keys = numbers(memory * s.channels, 2), values = numbers(memory * s.channels, 3);
+  const auto attention =
+      std::make_shared<LinearAttention>(s, 0.5, LinearAttention::Memory{keys.data(), values.data(), memory});
+  const Place from = {source.data(), 3 * s.channels};
+  Program program(0);
+  program.add(std::make_unique<LinearContext>(kernels, attention, from));
+  program.add(std::make_unique<LinearOutput>(kernels, attention, from, Place{target.data(), s.channels}));
   program.run(Run{}, threads);
   return target.floats();
 }
@@ -164,9 +206,19 @@ int check_norm(const char* name, const Sizes& sizes, int64_t groups, double most
   });
 }
 
-int check_attention(const char* name, const Attention::Sizes& sizes, double most) {
+int check_rms(const char* name, const Sizes& sizes, double most) {
+  return compare(name, most, [&](const Kernels& kernels, int threads) { return rms_result(kernels, sizes, threads); });
+}
+
+int check_attention(const char* name, const Attention::Sizes& sizes, int64_t memory, double most) {
   return compare(name, most, [&](const Kernels& kernels, int threads) {
-    return attention_result(kernels, sizes, threads);
+    return attention_result(kernels, sizes, memory, threads);
+  });
+}
+
+int check_linear(const char* name, const LinearAttention::Sizes& sizes, int64_t memory, double most) {
+  return compare(name, most, [&](const Kernels& kernels, int threads) {
+    return linear_result(kernels, sizes, memory, threads);
   });
 }
 
@@ -184,12 +236,19 @@ int main() {
   wrong += check("up", Kind::up, {3, 4, 6, 48, 32}, false, 4e-3);
   wrong += check("output", Kind::output, {2, 8, 8, 32, 3}, false, 1e-5);
   wrong += check_norm("norm", {3, 5, 4, 96, 96}, 8, 4e-3);
-  wrong += check_attention("attention", {2, 70, 64, 2}, 4e-3);
-  wrong += check_attention("attention, odd sizes, two blocks", {1, 261, 40, 1}, 4e-3);
-  wrong += check_attention("attention, few tokens", {3, 3, 16, 2}, 4e-3);
+  wrong += check_attention("attention", {2, 70, 64, 2}, 0, 4e-3);
+  wrong += check_attention("attention, odd sizes, two blocks", {1, 261, 40, 1}, 0, 4e-3);
+  wrong += check_attention("attention, few tokens", {3, 3, 16, 2}, 0, 4e-3);
   wrong += check("output 3x3", Kind::output3x3, {2, 8, 6, 32, 3}, false, 1e-5);
   wrong += check("doubled", Kind::doubled, {2, 5, 4, 48, 64}, false, 6e-3);
   wrong += check("strided", Kind::strided, {2, 8, 6, 48, 32}, false, 4e-3);
   wrong += check("linear", Kind::linear, {3, 4, 6, 48, 96}, false, 4e-3);
+  wrong += check("down", Kind::down, {2, 8, 6, 48, 80}, false, 4e-3);
+  wrong += check("first 7x7", Kind::first7x7, {2, 7, 9, 3, 48}, false, 4e-3);
+  wrong += check_rms("RMSNorm", {3, 9, 5, 80, 80}, 4e-3);
+  wrong += check_attention("attention with memory", {2, 265, 64, 2}, 5, 4e-3);
+  wrong += check_linear("linear attention", {2, 150, 64, 2}, 4, 4e-3);
+  wrong += check_linear("linear attention, odd sizes, two parts", {3, 259, 48, 3}, 3, 4e-3);
+  wrong += check_linear("linear attention, wide heads, no memory", {1, 33, 160, 2}, 0, 4e-3);
   return wrong;
 }

@@ -4,6 +4,7 @@
 #include "vector.h"
 // vector.h first
 #include "attend.h"
+#include "attend_linear.h"
 #include "gemm_f32.h"
 #include "normalise.h"
 #include "pixel_norm.h"

@@ -105,6 +105,35 @@ struct Softmax {
   int64_t k = 0;
 };
 
+// weights[d, j] = e^(keys[j][d] - most[d]) for `count` keys, where most is the largest of its channel: a softmax over
+// keys that is still to be divided by sum. The rows of the result are channels, as the a of a product over keys.
+struct KeyWeights {
+  const void* keys = nullptr;
+  int64_t key_stride = 0, count = 0, depth = 0;  // depth: a multiple of 16
+  void* weights = nullptr;                       // rows weights_stride apart, zeros from `count` to k
+  int64_t weights_stride = 0, k = 0;             // k: a multiple of k_multiple, and weights_stride one of 32 not below
+  float* most = nullptr;                         // [depth]
+  float* sum = nullptr;                          // [depth]
+};
+
+// Parts of one softmax over keys, times values. A part is most [depth], sum [depth] and then, for column groups of up
+// to 64 one after the other, weights times values [depth][width]. target[d][e] = scale sum over parts / their sum.
+struct Merge {
+  const float* const* parts = nullptr;
+  int64_t count = 0, depth = 0;
+  int64_t first = 0, width = 0;  // the columns of the group
+  float scale = 0;
+  void* target = nullptr;  // activations [depth][width]
+};
+
+// weights[i, j] = e^(rows[i][j] - the row's largest), and their sum, for m rows of `depth`.
+struct RowWeights {
+  const void* rows = nullptr;
+  int64_t row_stride = 0, m = 0, depth = 0;  // depth: a multiple of 16
+  void* weights = nullptr;                   // activations [m][depth]
+  float* sum = nullptr;                      // [m]
+};
+
 struct Kernels {
   const char* name;
   bool half;
@@ -138,6 +167,9 @@ struct Kernels {
   void (*pack_columns)(const Operand&);
   void (*pack_rows)(const Operand&);
   void (*softmax)(const Softmax&);
+  void (*key_weights)(const KeyWeights&);
+  void (*merge)(const Merge&);
+  void (*row_weights)(const RowWeights&);
   // sums[i, j] = sums[i, j] factor[i] + more[i, j] for m rows of width floats.
   void (*rescale_add)(float* sums, const float* more, const float* factor, int64_t m, int64_t width);
   // out[i][j] = sums[i, j] / divisor[i] for m rows and the first `columns` of their width; out's rows are stride apart.

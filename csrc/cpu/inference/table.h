@@ -28,6 +28,9 @@
         pack_columns,                                                                                                  \
         pack_rows,                                                                                                     \
         softmax,                                                                                                       \
+        key_weights,                                                                                                   \
+        merge,                                                                                                         \
+        row_weights,                                                                                                   \
         rescale_add,                                                                                                   \
         store_divided,                                                                                                 \
     };                                                                                                                 \

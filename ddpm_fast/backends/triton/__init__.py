@@ -18,6 +18,8 @@ try:
     from .noise_mse import noise_mse, noise_mse_backward
     from .normal import normal, random_bits
     from .q_sample import q_sample, q_sample_backward
+    from .rms_norm_silu import rms_norm_silu
+    from .rms_norm_silu_backward import rms_norm_silu_backward
 except (ImportError, AttributeError) as error:  # AttributeError: a Triton without something that the kernels use
     _import_error = str(error)
 
@@ -33,6 +35,8 @@ __all__ = [
     "q_sample",
     "q_sample_backward",
     "random_bits",
+    "rms_norm_silu",
+    "rms_norm_silu_backward",
     "unavailable_reason",
 ]
 
