@@ -268,8 +268,10 @@ def test_state_dicts_in_all_the_ways_that_modules_have():
     other = model_of("heads")
     other.load_state_dict(own)  # DDPMUNet's names, as named_parameters gives them
     same(other.state_dict(), state)
-    # of two names for one thing, what was stored by the parameters' own counts
-    other.load_state_dict({**{key: torch.zeros_like(value) for key, value in state.items()}, **own}, strict=False)
+    # as OpenAI's training loop stores averaged weights: by the parameters' names, over the network's own state dict
+    stored = {**model_of("heads").state_dict(), **own}
+    other = model_of("heads")
+    other.load_state_dict(stored)
     same(other.state_dict(), state)
     whole = torch.nn.ModuleDict({"net": model_of("heads"), "more": torch.nn.Linear(2, 2)})
     expected = {**{f"net.{key}": value for key, value in state.items()}, "more.weight": torch.ones(2, 2)}
@@ -336,3 +338,20 @@ def test_flags_and_the_command_line():
     one_line("image_size must be one of 512, 256, 128, 64, 32 without", lambda: create_model(48, 32, 1))
     one_line("must be a multiple of 8", lambda: create_model(36, 32, 1, channel_mult="1,2,2,2"))
     one_line("dims=3 is not covered", lambda: UNetModel(8, 3, 32, 3, 1, (), dims=3))
+
+
+RELEASED = {"attention_resolutions": "32,16,8", "learn_sigma": True, "resblock_updown": True}
+
+
+@pytest.mark.parametrize(
+    ("millions", "flags"),
+    [
+        (296, {"image_size": 64, "num_channels": 192, "num_res_blocks": 3, "num_head_channels": 64, **RELEASED}),
+        (559, {"image_size": 512, "num_channels": 256, "num_res_blocks": 2, "num_head_channels": 64, **RELEASED}),
+    ],
+)
+def test_as_large_as_published(millions, flags):
+    """Dhariwal & Nichol 2021, tables 11 and 12: the parameters of the ImageNet models."""
+    with torch.device("meta"):
+        model = create_model(**flags, class_cond=True, use_scale_shift_norm=True)
+    assert round(sum(parameter.numel() for parameter in model.parameters()) / 1e6) == millions

@@ -501,6 +501,11 @@ def without_fid():
         yield
 
 
+def test_whole_numbers_may_be_floats(ours):
+    trainer = ours(Diffusion(), train_num_steps=1e5)
+    assert (trainer.train_num_steps, type(trainer.train_num_steps)) == (100000, int)
+
+
 def test_warnings(ours, tmp_path):
     few = pictures(tmp_path / "few", 20)
     with pytest.warns(UserWarning, match="holds only 20 images"):

@@ -37,12 +37,14 @@ def check_model(diffusion: object) -> tuple[int, int]:
     return height, width
 
 
-def check_numbers(trainer: Any, num_samples: int) -> None:
-    """Counts must be positive, `num_samples` a square; a small effective batch is a warning."""
+def check_numbers(trainer: Any) -> None:
+    """Counts must be positive (1e5 is made 100000), `num_samples` a square; a small effective batch is a warning."""
     for name in ("batch_size", "gradient_accumulate_every", "train_num_steps", "save_and_sample_every", "num_samples"):
         value = getattr(trainer, name)
-        if not isinstance(value, int) or value < 1:
+        if not isinstance(value, (int, float)) or value != value // 1 or value < 1:
             raise ValueError(f"{name} must be a positive integer, got {value!r}")
+        setattr(trainer, name, int(value))
+    num_samples = trainer.num_samples
     root = math.isqrt(num_samples)
     if root * root != num_samples:
         raise ValueError(f"num_samples must be a square, got {num_samples}; near are {root**2} and {(root + 1) ** 2}")

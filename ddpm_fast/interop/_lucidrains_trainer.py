@@ -101,7 +101,7 @@ class Trainer:
         self.batch_size, self.gradient_accumulate_every = train_batch_size, gradient_accumulate_every
         self.train_num_steps, self.max_grad_norm = train_num_steps, max_grad_norm
         self.save_and_sample_every, self.num_samples = save_and_sample_every, num_samples
-        check_numbers(self, num_samples)
+        check_numbers(self)
         if save_best_and_latest_only and not calculate_fid:
             raise ValueError("save_best_and_latest_only=True needs calculate_fid=True, by which the best is known")
         precision = mixed_precision_type if amp else None
@@ -110,21 +110,21 @@ class Trainer:
 
         mode = mode_of(convert_image_to, self.channels)
         self.ds = ImageFolder(folder, self.image_size, horizontal_flip=augment_horizontal_flip, mode=mode, fit=fit)
-        check_count(self.ds, train_batch_size)
+        check_count(self.ds, self.batch_size)
         self.results_folder = check_folder(results_folder)
         self.calculate_fid, self.save_best_and_latest_only = calculate_fid, save_best_and_latest_only
         self.best_fid = math.inf
         if calculate_fid:
             if self.channels not in (1, 3):
                 raise ValueError(f"calculate_fid is of images with 1 or 3 channels, got {self.channels}")
-            _print_cost(diffusion_model, num_fid_samples, save_and_sample_every)
+            _print_cost(diffusion_model, num_fid_samples, self.save_and_sample_every)
             plain = ImageFolder(folder, self.image_size, mode=mode, fit=fit)
             features = fid_features or inception(inception_block_idx, self.device)
-            self.fid_scorer = Fid(plain, features, samples=num_fid_samples, batch=train_batch_size, device=self.device)
+            self.fid_scorer = Fid(plain, features, samples=num_fid_samples, batch=self.batch_size, device=self.device)
         self.results_folder.mkdir(parents=True, exist_ok=True)
 
         self.model = diffusion_model.to(self.device)
-        self.dl: Iterator[Tensor] = endless(loader(self.ds, train_batch_size, workers=num_workers))
+        self.dl: Iterator[Tensor] = endless(loader(self.ds, self.batch_size, workers=num_workers))
         self.opt = torch.optim.Adam(self.model.parameters(), lr=train_lr, betas=adam_betas)
         self.ema = EMA(self.model, beta=ema_decay, update_every=ema_update_every)
         self._loop = Loop(
@@ -132,7 +132,7 @@ class Trainer:
             self.opt,
             device=self.device,
             ema=self.ema,
-            accumulate=gradient_accumulate_every,
+            accumulate=self.gradient_accumulate_every,
             max_grad_norm=max_grad_norm,
             precision=precision,
         )

@@ -11,16 +11,9 @@ import torch
 from torch import Tensor
 
 from ..nn import DDPMUNet
-from ._openai_flags import (
-    CLASS,
-    check_flags,
-    check_names,
-    ddpm_arguments,
-    heads_of,
-    shape_of,
-    shape_of_weights,
-)
+from ._openai_flags import check_flags, check_names, heads_of
 from ._openai_keys import to_ours, to_theirs
+from ._openai_shape import CLASS, ddpm_arguments, shape_of, shape_of_weights
 from ._openai_unet import UNetModel
 from ._unets import fill
 from ._weights import State, check_state, read_file
