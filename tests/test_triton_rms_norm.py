@@ -1,5 +1,5 @@
-"""The RMSNorm of fused plans in Triton against float64, and rms_norm_silu in many small programs: in the interpreter, or
-the former on the GPU where there is one."""
+"""The RMSNorm of fused plans in Triton against float64, in the interpreter or on the GPU where there is one; and
+rms_norm_silu in many small programs, in the interpreter."""
 
 from __future__ import annotations
 

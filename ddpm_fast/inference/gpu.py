@@ -1,4 +1,4 @@
-"""Implementations on NVIDIA GPUs: the Triton kernels of backends/triton/: conv.py, norm.py, rms_norm.py, conv_output.py.
+"""Implementations on NVIDIA GPUs: the kernels in backends/triton/conv.py, norm.py, rms_norm.py and conv_output.py.
 
     triton 128x64x64 split 2   convolution (3x3, 1x1, transposed) as implicit GEMM, by the tile of a program
     triton doubled 128x64x64   3x3 of the image with doubled pixels: 16 products for four pixels in place of 36

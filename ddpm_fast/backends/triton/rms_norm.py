@@ -79,9 +79,9 @@ def _rms_norm_kernel(
 class RMSNorm:
     """One RMSNorm at one place, ready to launch.
 
-    source, target, residual: [n, h, w, channels] views of channels-last buffers; the target's memory is its own. weight:
-    float32 [channels]. pixels: of a program, a power of two; warps: of a program, or fewer where the image is small.
-    first_column: of the tables' 2 x channels [scale | shift], or None for neither. ValueError for what it cannot serve.
+    source, target, residual: [n, h, w, channels] views of channels-last buffers; the target's memory is its own.
+    weight: float32 [channels]. pixels, warps: of a program; pixels is a power of two. first_column: of the tables'
+    2 x channels [scale | shift], or None for neither. ValueError for what it cannot serve.
     """
 
     def __init__(
