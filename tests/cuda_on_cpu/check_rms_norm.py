@@ -29,7 +29,9 @@ def both_rms_norms(
     # A place of one channel has a gradient of 0, the difference of terms of size 1 / |h|.
     no_g_h = missing == "g_h" or data.channels == 1
     sums = [data.output(count=of_channels, tolerance=2e-5 * (1 + data.inner**0.5)) for _ in range(2)]
-    workspace = Buffer(2 * parts * of_channels, "float32", tolerance=1e30)
+    # Parts without a place leave in it what was there, which must not be added.
+    left = np.full(2 * parts * of_channels, 1e6, np.float32)
+    workspace = Buffer(left.size, "float32", left, tolerance=1e30)
     both(
         "rms_norm_silu_backward",
         *(*common, data.array(dtype), code(dtype), 0 if no_g_h else data.output(dtype, tolerance=close)),
