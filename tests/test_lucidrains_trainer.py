@@ -240,11 +240,12 @@ class Code:
     ("make", "message"),
     [
         (lambda path: path.write_bytes(b"rubbish"), "model-9.pt is cut off or no checkpoint"),
+        (lambda path: path.write_bytes(b"PK\x05\x06" + bytes(18)), "model-9.pt is cut off or no checkpoint"),
         (write(Code()), "model-9.pt is cut off or no checkpoint"),
         (write({"state_dict": {}}), "is not a Trainer's checkpoint: expected step, model, opt, ema, got state_dict"),
         (write([1]), "is not a Trainer's checkpoint: expected step, model, opt, ema, got list"),
     ],
-    ids=["rubbish", "code", "another dict", "a list"],
+    ids=["rubbish", "rubbish in a zip", "code", "another dict", "a list"],
 )
 def test_foreign_files(lucidrains, ours, tmp_path, monkeypatch, make, message):
     monkeypatch.chdir(tmp_path)
