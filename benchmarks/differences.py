@@ -3,9 +3,9 @@
     python benchmarks/differences.py                 # 3 minutes on 2 cores; then see docs/differences.md
     python benchmarks/differences.py --page-only     # the tables of the page and the picture anew, from the JSON
 
-The data is a mixture of Gaussians that looks like digits (mixture.py). Most rows have its best possible network, a
-formula, so that what is wrong with the samples is the sampler's doing; some have a small trained network. Every run has
-the same noise. Needs scikit-learn; rows that run diffusers itself need diffusers, the picture matplotlib.
+Most rows have data whose best possible network is a formula (mixture.py), so that what is wrong with the samples is
+the sampler's doing; some have a small network trained on real digits. Every run has the same noise. Needs scikit-learn;
+rows that run diffusers itself need diffusers, the picture matplotlib.
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import differences_page as figures
 import mixture as problem
 import torch
 from packages import Missing, package
-from small_network import train
+from small_network import Small, digits, train
 from torch import Tensor
 
 import ddpm_fast
@@ -32,47 +33,55 @@ from ddpm_fast.presets import PRESETS
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULT = ROOT / "benchmarks" / "results" / "differences.json"
+PAGE = ROOT / "docs" / "differences.md"
 SEED = 7
 Row = dict[str, Any]
+Density = Callable[[Tensor], Tensor]
 
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-    """n: samples of a run. T: of most schedules. few: numbers of steps; short, long: other T. train_steps: batches.
-    components: of the mixture. draws: sets of true draws that say what a perfect sampler would get."""
+    """n: samples of a run, held_out of one with the trained network. T: of most schedules. few: numbers of steps;
+    short, long: other T. train_steps: batches. components: of the mixture. draws: sets of true draws that show what a
+    perfect sampler would get."""
 
     n: int = 1000
+    held_out: int = 500
     T: int = 1000
     few: tuple[int, ...] = (10, 50, 250)
     short: int = 100
     long: int = 4000
-    train_steps: int = 3000
+    train_steps: int = 2000
     components: int = 100
     draws: int = 12
 
 
 class Yardstick:
-    """How far samples are from the data."""
+    """How far samples are from data: from `real`, in units of how far other true draws are."""
 
-    def __init__(self, mixture: problem.Mixture, size: Size) -> None:
-        self.mixture = mixture
-        self.real = mixture.draw(size.n, 1)
-        draws = [mixture.draw(size.n, 100 + i) for i in range(size.draws)]
-        distances = [metrics.energy_distance(draw, self.real) for draw in draws]
+    def __init__(self, real: Tensor, draws: list[Tensor], log_density: Density | None = None) -> None:
+        self.real, self.log_density = real, log_density
+        distances = [metrics.energy_distance(draw, real) for draw in draws]
         self.unit = sum(distances) / len(distances)
-        self.real_energy = sorted(distance / self.unit for distance in distances)
-        self.entropy = float(torch.cat([mixture.log_density(draw) for draw in draws]).mean())
-        self.real_nats = sorted(self.nats(draw) for draw in draws)
-        self.total = float(torch.cat(draws).var(0).sum())
-
-    def nats(self, x: Tensor) -> float:
-        return (float(self.mixture.log_density(x).mean()) - self.entropy) / x[0].numel()
+        self.total = float(torch.cat(draws).double().var(0).sum())
+        self.entropy = 0.0
+        if log_density is not None:
+            self.entropy = float(torch.cat([log_density(draw) for draw in draws]).mean())
+        # What nothing but chance does to the figures.
+        self.draws = [self.measure(draw) for draw in draws]
 
     def measure(self, x: Tensor) -> Row:
         """energy: the energy distance to real draws, 1 being what other real draws have on average. nats: log density
         per pixel less that of real draws; below 0 too noisy, above too smooth. spread: standard deviation, real 1."""
         spread = (float(x.double().var(0).sum()) / self.total) ** 0.5
-        return {"energy": metrics.energy_distance(x, self.real) / self.unit, "nats": self.nats(x), "spread": spread}
+        row = {"energy": metrics.energy_distance(x, self.real) / self.unit, "spread": spread}
+        if self.log_density is not None:
+            row["nats"] = (float(self.log_density(x).mean()) - self.entropy) / x[0].numel()
+        return row
+
+    def range(self) -> dict[str, list[float]]:
+        """Lowest and highest of each figure over the true draws."""
+        return {name: [f(row[name] for row in self.draws) for f in (min, max)] for name in self.draws[0]}
 
 
 class Measurement:
@@ -81,23 +90,31 @@ class Measurement:
     def __init__(self, size: Size, say: Callable[[str], None] = print) -> None:
         self.size, self.say = size, say
         self.mixture = problem.Mixture.of_digits(size.components)
-        self.yardstick = Yardstick(self.mixture, size)
+        draws = [self.mixture.draw(size.n, 100 + i) for i in range(size.draws)]
+        self.yardstick = Yardstick(self.mixture.draw(size.n, 1), draws, self.mixture.log_density)
         self.linear = Schedule.linear(size.T)
         self.net = problem.exact(self.mixture, self.linear)
         self.all_steps = (*size.few, size.T)
-        self.small = train(self.mixture, self.linear, size.train_steps)
-        self.pictures: dict[str, list[Tensor]] = {}
+        held, seen = digits().split([size.held_out, 1797 - size.held_out])
+        self.small = train(seen, self.linear, size.train_steps)
+        generator = torch.Generator().manual_seed(2)
+        orders = [torch.randperm(len(seen), generator=generator)[: size.held_out] for _ in range(size.draws)]
+        self.of_digits = Yardstick(held, [seen[order] for order in orders])
+        self.pictures: dict[str, Tensor] = {}
 
     def run(self, net: Any = None, schedule: Schedule | None = None, n: int | None = None, **choices: Any) -> Tensor:
         """(n, 64): the samples of SEED. Exact networks compute in float64."""
         net = self.net if net is None else net
-        dtype = torch.float32 if isinstance(net, torch.nn.Module) else torch.float64
+        trained = isinstance(net, Small)
+        n = n or (self.size.held_out if trained else self.size.n)
+        dtype = torch.float32 if trained else torch.float64
         sampler = Sampler(net, schedule or self.linear, dtype=dtype, device="cpu", **choices)
-        x: Tensor = sampler.sample(n or self.size.n, (64,), seed=SEED, output="model", progress=False)
+        x: Tensor = sampler.sample(n, (64,), seed=SEED, output="model", progress=False)
         return x
 
-    def row(self, name: str, steps: int, x: Tensor, **more: Any) -> Row:
-        return {"name": name, "steps": steps, **self.yardstick.measure(x), **more}
+    def row(self, name: str, steps: int, x: Tensor, net: Any = None, **more: Any) -> Row:
+        yardstick = self.of_digits if isinstance(net, Small) else self.yardstick
+        return {"name": name, "steps": steps, **yardstick.measure(x), **more}
 
     def steps_rows(self, named: dict[str, dict[str, Any]], counts: tuple[int, ...], net: Any = None) -> Iterator[Row]:
         for name, choices in named.items():
@@ -144,7 +161,7 @@ class Measurement:
             for way, choices in ways.items():
                 x = self.run(net, **choices)
                 outside = float((x.abs() > 1).double().mean())
-                yield self.row(f"{kind}: {way}", choices.get("steps", T), x, outside=outside)
+                yield self.row(f"{kind}: {way}", choices.get("steps", T), x, net, outside=outside)
 
     def prediction(self) -> Iterator[Row]:
         """A network read as one that predicts something else."""
@@ -178,9 +195,8 @@ class Measurement:
         for T in (self.size.short, self.size.long):
             schedule, steps = Schedule.linear(T, scale_betas=True), min(T, self.size.few[1])
             for told in ("rescaled", "index"):
-                net = _told_in(self.small, 1000 / self.size.T) if told == "rescaled" else self.small
-                x = self.run(net, schedule, steps=steps, method="ddim", clip=1.0, time_scale=told)
-                yield self.row(f"T = {T}, {told}", steps, x)
+                x = self.run(self.small, schedule, steps=steps, method="ddim", clip=1.0, time_scale=told)
+                yield self.row(f"T = {T}, {told}", steps, x, self.small)
 
     def tables(self) -> Iterator[Row]:
         """float32 tables: diffusers' own scheduler beside the same steps from float64 ones."""
@@ -243,7 +259,7 @@ class Measurement:
 
     def output(self) -> Iterator[Row]:
         """Pixels cut off, as OpenAI's scripts do, or rounded; and those that a sampler leaves outside [-1, 1]."""
-        x = self.run(self.small, steps=self.size.few[-1], clip=1.0) / problem.SCALE  # the digits' full contrast
+        x = self.run(self.small, steps=self.size.few[-1], clip=1.0)
         exact = ((x + 1) * 127.5).clamp(0, 255)
         inside = (exact > 0) & (exact < 255)
         for name, pixels in (("cut off", exact.to(torch.uint8)), ("rounded", exact.round().to(torch.uint8))):
@@ -263,8 +279,9 @@ class Measurement:
                     first = x if first is None else first
                     apart = (x - first).abs()
                     measured = {"largest": float(apart.max()), "mean": float(apart.mean())}
-                    yield self.row(f"{kind}: {like}", steps, x, **measured)
-                    self.pictures[f"{like}, {steps} steps, {kind} network"] = list(x[:12])
+                    yield self.row(f"{kind}: {like}", steps, x, net, **measured)
+                    if kind == "trained":
+                        self.pictures[f"{like}, {steps} steps"] = x[:12]
 
 
 GROUPS = (
@@ -288,16 +305,10 @@ class _Noise:
         self.module.randn_tensor = self.theirs  # type: ignore[attr-defined]
 
 
-def _told_in(net: Any, factor: float) -> Any:
-    """The network as if it had been trained with times of 0..1000."""
-    return net if factor == 1 else lambda x, t: net(x.float(), t / factor)
-
-
-def measure(size: Size, say: Callable[[str], None] = print) -> tuple[dict[str, Any], dict[str, list[Tensor]]]:
+def measure(size: Size, say: Callable[[str], None] = print) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """What differences.json holds, and samples of the presets to look at."""
     began = time.perf_counter()
     measurement = Measurement(size, say)
-    yardstick = measurement.yardstick
     groups: dict[str, list[Row]] = {}
     for name in GROUPS:
         try:
@@ -312,7 +323,24 @@ def measure(size: Size, say: Callable[[str], None] = print) -> tuple[dict[str, A
         "size": dataclasses.asdict(size),
         "seed": SEED,
         "versions": versions,
-        "real": {"energy": yardstick.real_energy, "nats": yardstick.real_nats},
+        "real": {"mixture": measurement.yardstick.range(), "digits": measurement.of_digits.range()},
         "groups": groups,
     }
     return json.loads(json.dumps(result, allow_nan=False)), measurement.pictures
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--page-only", action="store_true", help="only write the tables of the page, from the JSON")
+    arguments = parser.parse_args()
+    if not arguments.page_only:
+        torch.set_num_threads(2)
+        result, pictures = measure(Size())
+        RESULT.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        figures.picture(result, pictures, RESULT.with_suffix(".png"))
+    result = json.loads(RESULT.read_text(encoding="utf-8"))
+    PAGE.write_text(figures.filled(PAGE.read_text(encoding="utf-8"), result), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
