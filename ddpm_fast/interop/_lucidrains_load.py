@@ -120,13 +120,13 @@ def _name_of(betas: Tensor, options: Mapping[str, Any], given: str | None) -> st
     given: the only one to be tried.
     """
     found, precision = betas.detach().cpu().double().numpy(), torch.finfo(betas.dtype)
-    near = {"rtol": SAME, "atol": 0.0}
+    rtol, atol = SAME, 0.0
     if betas.dtype not in EXACT:
-        near = {"rtol": precision.eps, "atol": precision.tiny * precision.eps}
+        rtol, atol = precision.eps, precision.tiny * precision.eps
     for name in SCHEDULES if given is None else (given,):
         if name == "linear" and len(found) < 20:
             continue  # its betas would exceed 1
-        if np.allclose(found, schedule_of(name, len(found), options).betas, **near):
+        if np.allclose(found, schedule_of(name, len(found), options).betas, rtol=rtol, atol=atol):
             return name
     return None
 

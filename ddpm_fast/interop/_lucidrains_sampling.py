@@ -180,7 +180,14 @@ class Sampling(Process):
             return self.unnormalize(by_hand(self, x, list(range(t, -1, -1)))[-1])
         start = self.num_timesteps - 1 - t
         told = torch.zeros_like(x) if self.self_condition and start else None
-        arguments = {"x": x, "start": start, "x0_prev": told, "seed": seed, "noise": noise, "output": "model"}
+        arguments: dict[str, Any] = {
+            "x": x,
+            "start": start,
+            "x0_prev": told,
+            "seed": seed,
+            "noise": noise,
+            "output": "model",
+        }
         return self.unnormalize(self._sampler(False).sample(n, sizes, **arguments))
 
     def _run(
