@@ -258,6 +258,22 @@ def test_foreign_files(lucidrains, ours, tmp_path, monkeypatch, make, message):
     assert not (tmp_path / "should-not-exist").exists()
 
 
+@pytest.mark.parametrize(
+    ("part", "value"),
+    [("step", "ten"), ("step", None), ("step", -1), ("opt", None), ("opt", [1]), ("opt", {}), ("ema", None)],
+)
+def test_a_spoiled_part_leaves_the_trainer_as_it_was(lucidrains, ours, tmp_path, part, value):
+    ours(small_diffusion(lucidrains, seed=1)).save(1)
+    content = torch.load(tmp_path / "model-1.pt", weights_only=True)
+    trainer = ours(small_diffusion(lucidrains))
+    before = {key: value.clone() for key, value in trainer.model.state_dict().items()}
+    torch.save({**content, part: value}, tmp_path / "model-2.pt")
+    with pytest.raises(ValueError, match=rf"model-2\.pt: {part} ") as error:
+        trainer.load(2)
+    assert "\n" not in str(error.value)
+    assert all(torch.equal(value, before[key]) for key, value in trainer.model.state_dict().items())
+
+
 def test_a_missing_file_and_another_models_file(lucidrains, ours):
     trainer = ours(small_diffusion(lucidrains))
     with pytest.raises(FileNotFoundError, match=r"no .*model-3\.pt; there are: none"):

@@ -92,6 +92,15 @@ def mode_of(asked: str | None, channels: int) -> str:
     return mode
 
 
+def check_step(step: object, source: str) -> int:
+    """How many steps a checkpoint has behind it, a whole number or a tensor of one."""
+    if isinstance(step, Tensor) and step.numel() == 1:
+        step = step.item()
+    if isinstance(step, bool) or not isinstance(step, (int, float)) or step != step // 1 or step < 0:
+        raise ValueError(f"{source} must be a number of steps, got {step!r}")
+    return int(step)
+
+
 def check_fits(state: object, module: nn.Module, source: str) -> None:
     """ValueError unless `state` has the module's keys with as many elements each; the module is left as it is."""
     if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):

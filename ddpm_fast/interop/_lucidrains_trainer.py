@@ -21,6 +21,7 @@ from ._lucidrains_checks import (
     check_folder,
     check_model,
     check_numbers,
+    check_step,
     device_of,
     mode_of,
 )
@@ -222,13 +223,14 @@ class Trainer:
             raise ValueError(f"{path} is not a Trainer's checkpoint: expected {', '.join(PARTS)}, got {holds}")
         check_fits(content["model"], self.model, f"{path}: model")
         check_fits(content["ema"], self.ema, f"{path}: ema")
+        step = check_step(content["step"], f"{path}: step")
         try:
             self.opt.load_state_dict(content["opt"])
-        except (ValueError, KeyError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path}: opt does not fit: {error}") from None
         self.model.load_state_dict(content["model"])
         self.ema.load_state_dict(content["ema"])
-        self.step = int(content["step"])
+        self.step = step
         self.best_fid = content.get("best_fid", math.inf)
         if self._loop.scaler is not None and content.get("scaler"):
             self._loop.scaler.load_state_dict(content["scaler"])

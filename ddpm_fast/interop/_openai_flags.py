@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+import numpy as np
 
 from ._openai_shape import Heads, Shape
 
@@ -60,6 +63,36 @@ def check_names(flags: Mapping[str, Any]) -> None:
             raise ValueError(
                 f"{name!r} is no flag of improved- or guided-diffusion that is covered; covered are {known}"
             )
+
+
+def typed(name: str, value: Any) -> Any:
+    """A flag's value in the type of its default; text, as a command line has it, is read. ValueError for another.
+
+    Flags that are text themselves are looked at where they are used. None is for image_size alone, where weights tell.
+    """
+    default = (MODEL_FLAGS | DIFFUSION_FLAGS).get(name, "")
+    if isinstance(default, str) or (name == "image_size" and value is None):
+        return value
+    kind = type(default)
+    if isinstance(value, str):
+        try:
+            return boolean(value) if kind is bool else kind(value)
+        except ValueError:
+            pass
+    elif isinstance(value, (bool, np.bool_)) == (kind is bool):
+        whole = isinstance(value, numbers.Integral) or (kind is float and isinstance(value, numbers.Real))
+        if kind is bool or whole:
+            return kind(value)
+    wanted = {bool: "True or False", int: "a whole number", float: "a number"}[kind]
+    raise ValueError(f"{name} must be {wanted}, got {value!r}")
+
+
+def boolean(text: str) -> bool:
+    """A truth value in words. ValueError for any other text."""
+    for value, words in ((True, ("true", "yes", "t", "y", "1")), (False, ("false", "no", "f", "n", "0"))):
+        if text.lower() in words:
+            return value
+    raise ValueError(f"must be True or False, got {text!r}")
 
 
 def heads_of(flags: Mapping[str, Any]) -> Heads:

@@ -190,6 +190,8 @@ def _check_class(state: State, source: object) -> None:
     for key, value in state.items():
         if not isinstance(key, str) or not isinstance(value, Tensor):
             raise ValueError(f"{source} must hold tensors by name, got {type(value).__name__} under {key!r}")
+        if not value.dim() and key.endswith((".weight", ".bias")):
+            raise ValueError(f"{source} does not fit OpenAI's {CLASS}: {key} is a single number")
     seems = None
     if "conv_in.weight" in state:
         seems = "diffusers' UNet2DModel; see ddpm_fast.interop.load_unet and from_diffusers"

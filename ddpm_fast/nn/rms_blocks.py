@@ -193,7 +193,8 @@ class Down(nn.Sequential):
         if not n:  # PyTorch's PixelUnshuffle leaves an empty batch in its old shape
             y: Tensor = self[1](x.reshape(0, 4 * channels, height // 2, width // 2))
             return y
-        return super().forward(x)
+        y = super().forward(x)
+        return y
 
 
 class Up(nn.Sequential):
