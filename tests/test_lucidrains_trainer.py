@@ -459,7 +459,12 @@ def test_fid_of_inception(ours, monkeypatch):
     [
         ({"num_samples": 11}, "num_samples must be a square, got 11; near are 9 and 16"),
         ({"num_samples": 0}, "num_samples must be a positive integer, got 0"),
-        ({"train_batch_size": 0}, "batch_size must be a positive integer, got 0"),
+        ({"train_batch_size": 0}, "train_batch_size must be a positive integer, got 0"),
+        ({"max_grad_norm": -1}, "max_grad_norm must be a positive number, math.inf for no limit, got -1"),
+        ({"max_grad_norm": None}, "max_grad_norm must be a positive number, math.inf for no limit, got None"),
+        ({"train_lr": -1e-4}, "Invalid learning rate: -0.0001"),
+        ({"ema_decay": 2}, "beta must be in 0..1, got 2"),
+        ({"num_workers": -1}, "num_workers option should be non-negative"),
         ({"train_num_steps": 1.5}, "train_num_steps must be a positive integer, got 1.5"),
         ({"train_batch_size": 105}, "holds 104 images, fewer than train_batch_size=105"),
         ({"amp": True}, "fp16 trains on CUDA devices only, and the model is on cpu; use bf16"),

@@ -38,12 +38,18 @@ def check_model(diffusion: object) -> tuple[int, int]:
 
 
 def check_numbers(trainer: Any) -> None:
-    """Counts must be positive (1e5 is made 100000), `num_samples` a square; a small effective batch is a warning."""
+    """Counts and `max_grad_norm` must be positive (1e5 is made 100000), `num_samples` a square; a small effective
+    batch is a warning.
+    """
     for name in ("batch_size", "gradient_accumulate_every", "train_num_steps", "save_and_sample_every", "num_samples"):
         value = getattr(trainer, name)
         if not isinstance(value, (int, float)) or value != value // 1 or value < 1:
-            raise ValueError(f"{name} must be a positive integer, got {value!r}")
+            argument = "train_batch_size" if name == "batch_size" else name
+            raise ValueError(f"{argument} must be a positive integer, got {value!r}")
         setattr(trainer, name, int(value))
+    limit = trainer.max_grad_norm  # a negative one would turn the gradient around
+    if isinstance(limit, bool) or not isinstance(limit, (int, float)) or not limit > 0:
+        raise ValueError(f"max_grad_norm must be a positive number, math.inf for no limit, got {limit!r}")
     num_samples = trainer.num_samples
     root = math.isqrt(num_samples)
     if root * root != num_samples:

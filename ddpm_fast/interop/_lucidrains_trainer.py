@@ -64,7 +64,7 @@ class Trainer:
     and the arguments of the same names.
 
     Raises ValueError and TypeError for bad arguments, FileNotFoundError for a missing folder, ImportError for a missing
-    package, all before anything is written or moved.
+    package, all before anything is written.
     """
 
     def __init__(
@@ -122,8 +122,6 @@ class Trainer:
             plain = ImageFolder(folder, self.image_size, mode=mode, fit=fit)
             features = fid_features or inception(inception_block_idx, self.device)
             self.fid_scorer = Fid(plain, features, samples=num_fid_samples, batch=self.batch_size, device=self.device)
-        self.results_folder.mkdir(parents=True, exist_ok=True)
-
         self.model = diffusion_model.to(self.device)
         self.dl: Iterator[Tensor] = endless(loader(self.ds, self.batch_size, workers=num_workers))
         self.opt = torch.optim.Adam(self.model.parameters(), lr=train_lr, betas=adam_betas)
@@ -138,6 +136,7 @@ class Trainer:
             precision=precision,
         )
         self.step = 0
+        self.results_folder.mkdir(parents=True, exist_ok=True)
 
     def train(self) -> None:
         """Steps until `train_num_steps`, with a milestone every `save_and_sample_every`; a tqdm bar where it is there.
