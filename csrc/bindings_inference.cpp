@@ -211,6 +211,7 @@ void bind_inference(py::module_& m) {
   m.def("pack", &pack_weights);
   py::class_<Program>(m, "Program")
       .def(py::init<int64_t>())
+      .def("from_image", &Program::from_image)
       .def("conv", &program_conv)
       .def("pixelwise", &program_pixelwise)
       .def("output", &program_output)

@@ -19,7 +19,7 @@ from ddpm_fast.backends.triton import aot
 from ddpm_fast.backends.triton.conv_output import Output as OutputLaunch
 from ddpm_fast.inference.candidate import Frame, Packs, Place
 from ddpm_fast.inference.gpu_layers import listed
-from ddpm_fast.inference.network import Buffer, Conv, Linear, Norm, Slice, Up
+from ddpm_fast.inference.network import Buffer, Conv, Linear, Norm, RMSNorm, Slice, Up
 
 GPUS = {90: (132, 90), 80: (108, 80)}
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
@@ -104,6 +104,22 @@ def norm(side: int, channels: int, modulated: bool, dtype: torch.dtype) -> aot.S
     return found[0]
 
 
+def rms_norm(n: int, side: int, channels: int, added: bool, dtype: torch.dtype, choice: int = 0) -> aot.Specialisation:
+    """A choice for a norm of lucidrains' U-Net, of part of a buffer: with a residual, or modulated."""
+    part = Slice(Buffer("b", 2 * channels, 0), 0, channels)
+    options = {"residual": part} if added else {"modulation": 64}
+    layer = RMSNorm("norm", meta(channels), part, part, 1e-12, **options)
+    source, residual, target = (meta(n, side, side, k * channels, dtype=dtype)[..., :channels] for k in (2, 2, 1))
+    place = Place(
+        *(n, side, side, dtype, torch.device("meta"), source, target, None, 2944, Packs()), residual if added else None
+    )
+    images = meta(n, 3, 32, 32)
+    with aot.recorded() as found:
+        candidate = listed(layer, n, side, side, dtype, *GPUS[90])[choice]
+        candidate.prepare(layer, place)(Frame(images, images, meta(1000, 2944), meta(n, dtype=torch.int64)))
+    return found[0]
+
+
 def output(step: bool, side: int = 1) -> list[aot.Specialisation]:
     """The last layer of the U-Nets in bfloat16, side x side, alone or with the reverse step."""
 
@@ -134,6 +150,11 @@ def cases() -> Iterator[tuple[str, str, int, aot.Specialisation]]:
     yield "norm", "triton", 90, norm(32, 128, False, BF16)
     yield "norm of groups of twelve, modulated", "triton", 90, norm(16, 384, True, F16)
     yield "norm in float32", "triton", 90, norm(32, 128, False, F32)
+    yield "rms norm", "triton", 90, rms_norm(64, 32, 64, False, BF16)
+    yield "rms norm in programs of 8 warps", "triton", 90, rms_norm(64, 32, 64, False, BF16, 1)
+    yield "rms norm and residual", "triton", 90, rms_norm(64, 16, 128, True, F16)
+    yield "rms norm of many channels and residual", "triton", 90, rms_norm(64, 4, 2048, True, BF16)
+    yield "rms norm in float32", "triton", 90, rms_norm(1, 8, 384, False, F32)
     yield "conv_out", "triton", 90, output(False, side=3)[0]
 
 

@@ -207,6 +207,34 @@ def test_spoiled_state_dicts(change, message):
         load_unet(state)
 
 
+RUBBISH = [
+    b"",
+    b"rubbish",
+    b"\x80\x02r",  # cut off inside a number: struct.error in the unpickler
+    b"\x80\x02a.",  # appends to nothing: IndexError
+    b"\x80\x02]q\x01}q\x02h\x07.",
+    b"PK\x03\x04" + bytes(40),
+    b"PK\x05\x06" + bytes(18),
+]
+
+
+@pytest.mark.parametrize("content", RUBBISH)
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_rubbish_is_one_line(content, suffix, tmp_path):
+    path = tmp_path / f"model-1{suffix}"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"model-1\.\w+ is cut off or ") as error:
+        load_unet(path)
+    assert "\n" not in str(error.value)
+
+
+def test_a_pickled_network_is_no_program_to_run(tmp_path):
+    torch.save(RMSNormUNet(**SMALL), tmp_path / "model-1.pt")
+    with pytest.raises(ValueError, match=r"holds something other than weights: Unsupported .*RMSNormUNet") as error:
+        load_unet(tmp_path / "model-1.pt")
+    assert "\n" not in str(error.value)
+
+
 def test_checkpoints_of_other_classes(lucidrains, theirs, tmp_path):
     import importlib
 

@@ -268,8 +268,10 @@ def test_state_dicts_in_all_the_ways_that_modules_have():
     other = model_of("heads")
     other.load_state_dict(own)  # DDPMUNet's names, as named_parameters gives them
     same(other.state_dict(), state)
-    # of two names for one thing, what was stored by the parameters' own counts
-    other.load_state_dict({**{key: torch.zeros_like(value) for key, value in state.items()}, **own}, strict=False)
+    # as OpenAI's training loop stores averaged weights: by the parameters' names, over the network's own state dict
+    stored = {**model_of("heads").state_dict(), **own}
+    other = model_of("heads")
+    other.load_state_dict(stored)
     same(other.state_dict(), state)
     whole = torch.nn.ModuleDict({"net": model_of("heads"), "more": torch.nn.Linear(2, 2)})
     expected = {**{f"net.{key}": value for key, value in state.items()}, "more.weight": torch.ones(2, 2)}
@@ -336,3 +338,64 @@ def test_flags_and_the_command_line():
     one_line("image_size must be one of 512, 256, 128, 64, 32 without", lambda: create_model(48, 32, 1))
     one_line("must be a multiple of 8", lambda: create_model(36, 32, 1, channel_mult="1,2,2,2"))
     one_line("dims=3 is not covered", lambda: UNetModel(8, 3, 32, 3, 1, (), dims=3))
+
+
+RELEASED = {"attention_resolutions": "32,16,8", "learn_sigma": True, "resblock_updown": True}
+
+
+@pytest.mark.parametrize(
+    ("millions", "flags"),
+    [
+        (296, {"image_size": 64, "num_channels": 192, "num_res_blocks": 3, "num_head_channels": 64, **RELEASED}),
+        (559, {"image_size": 512, "num_channels": 256, "num_res_blocks": 2, "num_head_channels": 64, **RELEASED}),
+    ],
+)
+def test_as_large_as_published(millions, flags):
+    """Dhariwal & Nichol 2021, tables 11 and 12: the parameters of the ImageNet models."""
+    with torch.device("meta"):
+        model = create_model(**flags, class_cond=True, use_scale_shift_norm=True)
+    assert round(sum(parameter.numel() for parameter in model.parameters()) / 1e6) == millions
+
+
+def test_flags_may_be_text():
+    """As an ArgumentParser without types gives them; "False" is not true."""
+    text = {
+        "image_size": "32", "num_channels": "32", "num_res_blocks": "1", "channel_mult": "1,1", "num_heads": "2",
+        "attention_resolutions": "16", "dropout": "0.1", "class_cond": "True", "learn_sigma": "False",
+        "use_scale_shift_norm": "False", "diffusion_steps": "20", "rescale_timesteps": "False",
+        "rescale_learned_sigmas": "false", "timestep_respacing": "5",
+    }  # fmt: skip
+    model, diffusion = create_model_and_diffusion(**text)
+    assert (model.config["num_class_embeds"], model.config["out_channels"]) == (1000, 3)
+    assert model.config["resnet_time_scale_shift"] == "default"
+    assert (diffusion.num_timesteps, diffusion.rescale_timesteps) == (5, False)
+    net = from_openai(model.state_dict(), use_new_attention_order="False", **text)
+    assert net.config == model.config
+    reordered = from_openai(model.state_dict(), use_new_attention_order="True", **text)
+    assert not torch.equal(reordered.mid_block.attentions[0].to_k.weight, net.mid_block.attentions[0].to_k.weight)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"class_cond": "maybe"}, "class_cond must be True or False, got 'maybe'"),
+        ({"class_cond": 1}, "class_cond must be True or False, got 1"),
+        ({"num_channels": "many"}, "num_channels must be a whole number, got 'many'"),
+        ({"num_channels": 32.5}, r"num_channels must be a whole number, got 32\.5"),
+        ({"num_heads": True}, "num_heads must be a whole number, got True"),
+        ({"image_size": None}, "image_size must be a whole number, got None"),
+        ({"dropout": "a"}, "dropout must be a number, got 'a'"),
+        ({"diffusion_steps": None}, "diffusion_steps must be a whole number, got None"),
+    ],
+)
+def test_flags_of_another_type_are_named(change, message):
+    flags = {**model_and_diffusion_defaults(guided=True), "image_size": 32, "num_channels": 32, "channel_mult": "1"}
+    with pytest.raises(ValueError, match=message):
+        create_model_and_diffusion(**{**flags, **change})
+
+
+@pytest.mark.parametrize("key", ["out.2.weight", "label_emb.weight", "input_blocks.1.0.in_layers.2.weight"])
+def test_a_number_in_place_of_a_weight_is_named(key):
+    state = UNetModel(32, 3, 32, 3, 1, (), num_classes=4, channel_mult=(1, 1)).state_dict()
+    with pytest.raises(ValueError, match=rf"{key} is a single number"):
+        from_openai({**state, key: torch.tensor(1.0)}, num_heads=1)

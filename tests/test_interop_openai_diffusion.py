@@ -239,8 +239,30 @@ def test_our_networks_run_as_fused_plans_and_give_the_same(updown):
             assert sampler.fused is fused
             assert diffusion.sampler(ours, device="cpu") is sampler
     assert model.training  # given back as it was
+    diffusion.fused = True
+    model.load_state_dict({key: torch.zeros_like(value) for key, value in theirs.state_dict().items()})
+    anew = diffusion.p_sample_loop(model, SHAPE, model_kwargs={"y": y}, generator=torch.Generator().manual_seed(3))
+    zero = lambda x, t, y: torch.zeros(2, 6, 8, 8)  # noqa: E731
+    expected = by_formula(zero, linear(T), diffusion.timestep_map, x, noise, variance=RANGE, y=y)
+    torch.testing.assert_close(anew.double(), expected, rtol=0, atol=3e-5)
     with pytest.raises(ValueError, match="labels"):
         diffusion.p_sample_loop(model, SHAPE)
+
+
+def test_a_ddpm_unet_knows_y_in_every_way(capsys):
+    net = from_openai(authority("classes").state_dict(), num_heads=1)
+    diffusion, y = create_gaussian_diffusion(steps=T, timestep_respacing="3"), torch.tensor([1, 6])
+    diffusion.fused = False
+    x = torch.randn(SHAPE)
+    asked = {"noise": x, "model_kwargs": {"y": y}, "device": "cpu"}
+    expected = diffusion.ddim_sample_loop(net, SHAPE, **asked, progress=True)
+    *_, last = diffusion.ddim_sample_loop_progressive(net, SHAPE, **asked, denoised_fn=lambda x: x, progress=True)
+    torch.testing.assert_close(last["sample"], expected, rtol=0, atol=1e-5)
+    assert "3/3" in capsys.readouterr().err
+    t = torch.tensor([0, 2])
+    assert diffusion.training_losses(net, x, t, model_kwargs={"y": y})["loss"].shape == (2,)
+    other = diffusion.ddim_sample_loop(net, SHAPE, noise=x, model_kwargs={"y": y - 1})
+    assert not torch.equal(other, expected)
 
 
 def test_guidance_by_functions():

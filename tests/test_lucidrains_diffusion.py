@@ -255,6 +255,16 @@ class TestLoss:
         torch.testing.assert_close(double, single.double(), rtol=1e-5, atol=0)
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("min_snr", [False, True])
+def test_a_schedule_that_ends_without_signal_has_a_loss(min_snr) -> None:
+    """Twenty linear betas end in 1: snr = 0 there, where the package's weight of eps is 0 / 0."""
+    options = {"min_snr_loss_weight": min_snr, "beta_schedule": "linear", "objective": "pred_noise"}
+    diffusion = GaussianDiffusion(Odd(), image_size=8, timesteps=20, **options)
+    assert diffusion.loss_weight[-1] == 1
+    assert diffusion(torch.rand(2, 3, 8, 8), times=torch.tensor([0, 19])).isfinite()
+
+
 class TestImmiscible:
     def test_the_target_is_the_noise_in_x_t(self, lucidrains) -> None:
         theirs, ours = pair(lucidrains, immiscible=True, objective="pred_noise", beta_schedule="linear")
@@ -355,6 +365,13 @@ class TestBadInput:
             diffusion(torch.zeros(1, 3, 8, 12), times=torch.tensor([100]))
         with pytest.raises(ValueError, match="loss_reduction must be one of mean, none, got 'sum'"):
             diffusion(torch.zeros(1, 3, 8, 12), loss_reduction="sum")
+        diffusion.objective = "pred_eps"
+        for call in (lambda: diffusion(torch.zeros(1, 3, 8, 12)), lambda: diffusion.sample(1)):
+            with pytest.raises(
+                ValueError, match="objective must be one of pred_noise, pred_x0, pred_v, got 'pred_eps'"
+            ):
+                call()
+        diffusion.objective = "pred_v"
         diffusion.model.forward = lambda x, t: x[:, :1]
         with pytest.raises(ValueError, match=r"the model must return shape \(1, 3, 8, 12\), got \(1, 1, 8, 12\)"):
             diffusion(torch.zeros(1, 3, 8, 12))

@@ -87,6 +87,55 @@ def test_variants_by_their_channels(lucidrains) -> None:
         load_diffusion(state, image_size=8)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("objective", "schedule"),
+    [("pred_noise", "linear"), ("pred_x0", "cosine"), ("pred_x0", "sigmoid"), ("pred_v", "sigmoid")],
+)
+def test_half_precision_tells_which_schedule_it_is(lucidrains, dtype, objective, schedule) -> None:
+    theirs, _, _ = saved(lucidrains, timesteps=1000, beta_schedule=schedule, objective=objective)
+    exact = {key: value.clone() for key, value in theirs.state_dict().items() if not key.startswith("model.")}
+    diffusion = load_diffusion(theirs.to(dtype).state_dict(), image_size=8)
+    assert diffusion.objective == objective
+    assert diffusion.model.dtype == dtype
+    torch.testing.assert_close(diffusion.betas, exact["betas"], rtol=2e-5, atol=0)
+    torch.testing.assert_close(diffusion.loss_weight, exact["loss_weight"], rtol=1e-3, atol=1e-7)
+
+
+def test_half_precision_of_another_schedule(lucidrains) -> None:
+    options = {"schedule_fn_kwargs": {"s": 0.02}, "beta_schedule": "cosine", "min_snr_loss_weight": True}
+    theirs, _, _ = saved(lucidrains, timesteps=100, **options)
+    state = theirs.half().state_dict()
+    with pytest.raises(
+        ValueError, match=r"holds its schedule in torch\.float16, too coarse to go by.*pass the beta_sch"
+    ):
+        load_diffusion(state, image_size=8)
+    named = {name: options[name] for name in ("schedule_fn_kwargs", "beta_schedule")}
+    diffusion = load_diffusion(state, image_size=8, **named)
+    assert diffusion.schedule == Schedule.cosine(100, s=0.02)
+    assert diffusion.loss_weight.max() <= 1  # min-SNR of eps, as it was
+
+
+@pytest.mark.parametrize("wrapper", ["module.", "_orig_mod.", "module._orig_mod."])
+def test_wrappers_are_taken_off(lucidrains, wrapper) -> None:
+    _, average, found = saved(lucidrains)
+    inner = {key.replace("model.", f"model.{wrapper}", 1): v for key, v in average.state_dict().items()}
+    outer = {f"{wrapper}{key}": value for key, value in average.state_dict().items()}
+    for state in (inner, outer, {**found, "ema": {f"ema_model.{key}": value for key, value in outer.items()}}):
+        loaded = load_diffusion(state, image_size=8).state_dict()
+        assert all(torch.equal(loaded[key], value) for key, value in average.state_dict().items())
+
+
+def test_messages_name_the_file(lucidrains, tmp_path) -> None:
+    _, average, _ = saved(lucidrains)
+    path = tmp_path / "model-1.pt"
+    for key, value in (("betas", None), ("loss_weight", 3), ("betas", torch.tensor(1.0)), ("extra", torch.ones(1))):
+        torch.save({**average.state_dict(), key: value}, path)
+        with pytest.raises(ValueError, match=rf"model-1\.pt.* (under )?'?{key}") as error:
+            load_diffusion(path, image_size=8)
+        assert "\n" not in str(error.value)
+
+
 def test_what_is_no_diffusion(lucidrains, tmp_path) -> None:
     theirs, _, found = saved(lucidrains)
     with pytest.raises(FileNotFoundError, match="no file"):

@@ -273,6 +273,47 @@ class TestSubclasses:
         with pytest.raises(TypeError, match="seed"):
             diffusion.sample(2, seed=0)
 
+    @pytest.mark.parametrize("objective", ["pred_v", "pred_noise", "pred_x0"])
+    def test_with_a_forward_process_of_their_own(self, lucidrains, objective) -> None:
+        def changed(base):
+            class Changed(base):
+                def q_sample(self, x_start, t, noise=None):
+                    return 0.5 * super().q_sample(x_start, t, noise)
+
+                def predict_v(self, x_start, t, noise):
+                    return 0.5 * super().predict_v(x_start, t, noise)
+
+            return Changed
+
+        net = make_unet(lucidrains)
+        made = [
+            changed(base)(net, image_size=8, timesteps=10, objective=objective)
+            for base in (lucidrains.GaussianDiffusion, GaussianDiffusion)
+        ]
+        expected, got = (seeded(lambda d=d: d(images(4))) for d in made)
+        torch.testing.assert_close(got, expected, **CLOSE)
+
+    @pytest.mark.parametrize("steps", [None, 4])
+    def test_a_network_of_ones_own_is_given_the_condition_by_position(self, lucidrains, steps) -> None:
+        class Network(torch.nn.Module):
+            channels = out_dim = 3
+            self_condition = True
+
+            def __init__(self):
+                super().__init__()
+                self.gain = torch.nn.Parameter(torch.tensor(0.3))
+
+            def forward(self, x, t, cond):
+                return self.gain * x if cond is None else self.gain * (x - cond)
+
+        options = {"image_size": 8, "timesteps": 10, "sampling_timesteps": steps, "beta_schedule": "cosine"}
+        theirs, ours = (kind(Network(), **options) for kind in (lucidrains.GaussianDiffusion, GaussianDiffusion))
+        ours.train()
+        expected = seeded(lambda: theirs.sample(2))
+        got = seeded(lambda: ours.sample(2, generator=torch.default_generator))
+        torch.testing.assert_close(got, expected, **CLOSE)
+        assert ours.training
+
     def test_without_any_are_fused(self) -> None:
         class Named(GaussianDiffusion):
             pass

@@ -240,11 +240,12 @@ class Code:
     ("make", "message"),
     [
         (lambda path: path.write_bytes(b"rubbish"), "model-9.pt is cut off or no checkpoint"),
+        (lambda path: path.write_bytes(b"PK\x05\x06" + bytes(18)), "model-9.pt is cut off or no checkpoint"),
         (write(Code()), "model-9.pt is cut off or no checkpoint"),
         (write({"state_dict": {}}), "is not a Trainer's checkpoint: expected step, model, opt, ema, got state_dict"),
         (write([1]), "is not a Trainer's checkpoint: expected step, model, opt, ema, got list"),
     ],
-    ids=["rubbish", "code", "another dict", "a list"],
+    ids=["rubbish", "rubbish in a zip", "code", "another dict", "a list"],
 )
 def test_foreign_files(lucidrains, ours, tmp_path, monkeypatch, make, message):
     monkeypatch.chdir(tmp_path)
@@ -255,6 +256,22 @@ def test_foreign_files(lucidrains, ours, tmp_path, monkeypatch, make, message):
     assert message in str(error.value)
     assert "\n" not in str(error.value)
     assert not (tmp_path / "should-not-exist").exists()
+
+
+@pytest.mark.parametrize(
+    ("part", "value"),
+    [("step", "ten"), ("step", None), ("step", -1), ("opt", None), ("opt", [1]), ("opt", {}), ("ema", None)],
+)
+def test_a_spoiled_part_leaves_the_trainer_as_it_was(lucidrains, ours, tmp_path, part, value):
+    ours(small_diffusion(lucidrains, seed=1)).save(1)
+    content = torch.load(tmp_path / "model-1.pt", weights_only=True)
+    trainer = ours(small_diffusion(lucidrains))
+    before = {key: value.clone() for key, value in trainer.model.state_dict().items()}
+    torch.save({**content, part: value}, tmp_path / "model-2.pt")
+    with pytest.raises(ValueError, match=rf"model-2\.pt: {part} ") as error:
+        trainer.load(2)
+    assert "\n" not in str(error.value)
+    assert all(torch.equal(value, before[key]) for key, value in trainer.model.state_dict().items())
 
 
 def test_a_missing_file_and_another_models_file(lucidrains, ours):
@@ -442,7 +459,12 @@ def test_fid_of_inception(ours, monkeypatch):
     [
         ({"num_samples": 11}, "num_samples must be a square, got 11; near are 9 and 16"),
         ({"num_samples": 0}, "num_samples must be a positive integer, got 0"),
-        ({"train_batch_size": 0}, "batch_size must be a positive integer, got 0"),
+        ({"train_batch_size": 0}, "train_batch_size must be a positive integer, got 0"),
+        ({"max_grad_norm": -1}, "max_grad_norm must be a positive number, math.inf for no limit, got -1"),
+        ({"max_grad_norm": None}, "max_grad_norm must be a positive number, math.inf for no limit, got None"),
+        ({"train_lr": -1e-4}, "Invalid learning rate: -0.0001"),
+        ({"ema_decay": 2}, "beta must be in 0..1, got 2"),
+        ({"num_workers": -1}, "num_workers option should be non-negative"),
         ({"train_num_steps": 1.5}, "train_num_steps must be a positive integer, got 1.5"),
         ({"train_batch_size": 105}, "holds 104 images, fewer than train_batch_size=105"),
         ({"amp": True}, "fp16 trains on CUDA devices only, and the model is on cpu; use bf16"),
@@ -499,6 +521,11 @@ def without_fid():
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "pytorch_fid.inception", None)
         yield
+
+
+def test_whole_numbers_may_be_floats(ours):
+    trainer = ours(Diffusion(), train_num_steps=1e5)
+    assert (trainer.train_num_steps, type(trainer.train_num_steps)) == (100000, int)
 
 
 def test_warnings(ours, tmp_path):

@@ -181,6 +181,9 @@ class TestWeighted:
         assert len(diffusion.state_dict()) == 13 + len(net.state_dict())
 
     def test_says_what_does_not_fit(self, lucidrains) -> None:
+        diffusion = WeightedObjectiveGaussianDiffusion(make_unet(lucidrains, out_dim=8), image_size=8)
+        with pytest.raises(ValueError, match="loss_reduction must be one of mean, none, got 'sum'"):
+            diffusion(images(2), loss_reduction="sum")
         with pytest.raises(ValueError, match=r"out_dim must be twice model.channels and 2, 8, .* got 3; .*out_dim=8"):
             WeightedObjectiveGaussianDiffusion(make_unet(lucidrains), image_size=8)
         with pytest.raises(ValueError, match="min_snr_loss_weight is for one objective"):

@@ -304,3 +304,13 @@ def test_bad_input_is_named():
         net(x, t, x)
     with pytest.raises(ValueError, match=r"x_self_cond must have shape \(2, 3, 8, 8\), like x, got \(1, 3, 8, 8\)"):
         conditioned(x, t, x[:1])
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_no_images_give_none(lucidrains, full) -> None:
+    options = {"dim": 8, "dim_mults": (1, 2), "attn_dim_head": 8, "attn_heads": 2, "full_attn": full}
+    x, t = torch.zeros(0, 3, 8, 12, requires_grad=True), torch.zeros(0, dtype=torch.int64)
+    for net in (RMSNormUNet(**options), lucidrains.Unet(**options)):
+        y = net(x, t)
+        assert y.shape == x.shape
+        y.sum().backward()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from pathlib import Path
 
@@ -144,3 +145,9 @@ def test_bad_folders(tmp_path):
         ImageFolder(tmp_path / "absent", 8)
     with pytest.raises(ValueError, match=r"hold no image; looked for \.jpg, "):
         ImageFolder(tmp_path, 8)
+
+
+def test_without_pillow(folder, monkeypatch):
+    monkeypatch.setitem(sys.modules, "PIL.Image", None)
+    with pytest.raises(ImportError, match=r"reading images needs Pillow; pip install ddpm_fast\[images\]"):
+        ImageFolder(folder, 8)

@@ -38,6 +38,8 @@ BUDGET = {
     "add_bias_temb_backward_silu": 130,  # 120, 122: two divisions
     "group_norm_silu": 185,  # 167, 176: three passes, unrolled
     "group_norm_silu_backward": 215,  # 201, 204: two passes
+    "rms_norm_silu": 109,  # 87, 99
+    "rms_norm_silu_backward": 189,  # 142, 172
     "random_bits": 22,  # 19
 }
 
@@ -83,6 +85,8 @@ def test_every_kernel_dtype_and_architecture_compiles(kernels):
         "_normal_kernel",
         "_q_sample_backward_kernel",
         "_q_sample_kernel",
+        "_rms_norm_silu_backward_kernel",
+        "_rms_norm_silu_kernel",
     }
     for name in names:
         seen = {(k["dtype"], k["capability"]) for k in kernels if k["kernel"] == name and k["dtype"] != "mixed"}

@@ -47,6 +47,11 @@ SEEN = {
     ("norm", 90): (1321, 79),
     ("norm of groups of twelve, modulated", 90): (1407, 83),
     ("norm in float32", 90): (1735, 118),
+    ("rms norm", 90): (538, 48),
+    ("rms norm in programs of 8 warps", 90): (538, 48),
+    ("rms norm and residual", 90): (539, 40),
+    ("rms norm of many channels and residual", 90): (498, 48),
+    ("rms norm in float32", 90): (1358, 93),
 }
 # Bytes of stack and spill instructions. The one exception: seven numbers, once, after the loop, beside sums that take
 # half of all registers and embeddings of several images.
@@ -95,7 +100,7 @@ def test_operands_come_asynchronously_and_128_bits_at_a_time(kernels):
 
 def test_results_go_128_bits_at_a_time(kernels):
     for k in kernels:
-        if k["kernel"] in ("_conv_kernel", "_reduce_kernel", "_norm_kernel"):
+        if k["kernel"] in ("_conv_kernel", "_reduce_kernel", "_norm_kernel", "_rms_norm_kernel"):
             stores = {word for word in k["memory"] if word.startswith("STG")}
             assert stores == {"STG.E.128"}, label(k)
 
@@ -107,6 +112,9 @@ def test_parts_are_read_128_bits_at_a_time(kernels):
     for k in kernels:
         if k["kernel"] in ("_output_kernel", "_norm_kernel"):
             assert k["memory"]["LDG.E.128"] >= 8, label(k)
+        if k["kernel"] == "_rms_norm_kernel":  # every number once, with those of the channels; none alone
+            assert k["memory"]["LDG.E.128"] >= 4, label(k)
+            assert not {word for word in k["memory"] if "16" in word.replace(".128", "")}, label(k)
 
 
 def test_residuals_are_read_once_and_128_bits_at_a_time(kernels):

@@ -18,9 +18,20 @@ from ddpm_fast.inference.candidate import Packs
 from ddpm_fast.inference.check import BOUNDS, error, exact
 from ddpm_fast.inference.gpu_tiles import tiles
 from ddpm_fast.inference.known import read
-from ddpm_fast.inference.network import Attention, Conv, Layer, Linear, Norm, Output, Up
+from ddpm_fast.inference.network import (
+    Attention,
+    Conv,
+    Down,
+    Layer,
+    Linear,
+    LinearAttention,
+    Norm,
+    Output,
+    RMSNorm,
+    Up,
+)
 from ddpm_fast.inference.plan import frame_for, places
-from ddpm_fast.nn import DDPMUNet, UNet
+from ddpm_fast.nn import DDPMUNet, RMSNormUNet, UNet, rms_blocks
 
 interpreted = pytest.mark.skipif(not launch.INTERPRETED, reason="kernels are compiled here: there is a GPU")
 
@@ -94,7 +105,34 @@ def ddpm_unet(**options) -> DDPMUNet:
 
 
 def left_to_the_library(layer: Layer) -> bool:
-    return isinstance(layer, Attention) or (isinstance(layer, Conv) and layer.resample == "down")
+    if isinstance(layer, Conv):
+        return layer.resample == "down" or layer.weight.shape[-1] == 7
+    return isinstance(layer, (Attention, LinearAttention, Down))
+
+
+def run_by_layers(model, network, size, n, dtype) -> tuple[set, set]:
+    """Every layer alone against float32, then all of them in a row against the model in float64: the library's where
+    there is no kernel. The kinds of implementations, and of layers with a residual."""
+    spots = places(network, n, size, size, dtype, CPU, Packs())
+    frame = frame_for(network, n, size, size, CPU)
+    labels = () if frame.label_rows is None else (frame.label_rows,)
+    images = torch.arange(n)
+    kinds, residuals = set(), set()
+    for layer, place in zip(network.layers, spots, strict=True):
+        listed = gpu_layers.listed(layer, n, place.h, place.w, dtype, *SMALL)
+        assert bool(listed) != left_to_the_library(layer), layer.name
+        assert len({candidate.name for candidate in listed}) == len(listed)
+        candidate = (listed or library.candidates(layer, n, place.h, place.w, dtype, CPU))[0]
+        kinds.add(getattr(candidate, "kind", "library" if not listed else type(layer)))
+        if place.residual is not None:
+            residuals.add(type(layer))
+        bound = candidate.prepare(layer, place)
+        expected = exact(layer, place, frame, images)
+        assert error(layer, place, frame, bound, expected, images) < BOUNDS[dtype], (layer.name, candidate.name)
+    t = torch.linspace(0, 999, n).round()
+    m = model.double()(frame.x.double(), t, *labels)
+    assert (frame.out.double() - m).norm() / m.norm() < 3 * BOUNDS[dtype]
+    return kinds, residuals
 
 
 @interpreted
@@ -110,34 +148,40 @@ def left_to_the_library(layer: Layer) -> bool:
 def test_the_paper_s_network_of_these_layers_and_the_library_s_computes_the_model(size, options, n, dtype):
     """As above, with the library's attentions and convolutions of stride 2 in between."""
     model = ddpm_unet(**options)
-    network = read(model)
-    spots = places(network, n, size, size, dtype, CPU, Packs())
-    frame = frame_for(network, n, size, size, CPU)
-    labels = () if frame.label_rows is None else (frame.label_rows,)
-    images = torch.arange(n)
-    kinds, residuals = set(), set()
-    for layer, place in zip(network.layers, spots, strict=True):
-        listed = gpu_layers.listed(layer, n, place.h, place.w, dtype, *SMALL)
-        assert bool(listed) != left_to_the_library(layer), layer.name
-        candidate = (listed or library.candidates(layer, n, place.h, place.w, dtype, CPU))[0]
-        kinds.add(getattr(candidate, "kind", "output" if isinstance(layer, Output) else "library"))
-        if place.residual is not None:
-            residuals.add(type(layer))
-        bound = candidate.prepare(layer, place)
-        expected = exact(layer, place, frame, images)
-        assert error(layer, place, frame, bound, expected, images) < BOUNDS[dtype], (layer.name, candidate.name)
-    assert kinds >= {
-        "first",
-        "linear",
-        "doubled",
-        "output",
-        "library",
-        *(("window", "point") if size == 2 else ("conv",)),
-    }
+    kinds, residuals = run_by_layers(model, read(model), size, n, dtype)
+    assert kinds >= {"first", "linear", "doubled", Norm, Output, "library"}
+    assert kinds >= ({"window", "point"} if size == 2 else {"conv"})
     assert residuals == {Conv, Linear}
-    t = torch.linspace(0, 999, n).round()
-    m = model.double()(frame.x.double(), t, *labels)
-    assert (frame.out.double() - m).norm() / m.norm() < 3 * BOUNDS[dtype]
+
+
+def rms_unet(**options) -> RMSNormUNet:
+    """lucidrains' network, small, with weights with which every layer shows."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        net = RMSNormUNet(**{"dim": 16, "dim_mults": (1, 2), "attn_heads": 2, "attn_dim_head": 16, **options}).eval()
+        for part in net.modules():
+            if isinstance(part, rms_blocks.RMSNorm):
+                nn.init.uniform_(part.g, 0.5, 1.5)
+            if isinstance(part, (nn.Conv2d, nn.Linear)):
+                nn.init.normal_(part.weight, std=part.weight[0].numel() ** -0.5)
+    return net
+
+
+@interpreted
+@pytest.mark.parametrize(
+    ("size", "options", "n", "dtype"),
+    [
+        pytest.param(4, {}, 1, torch.float32, id="float32"),
+        pytest.param(4, {"dim_mults": (3,), "full_attn": False}, 2, torch.bfloat16, id="bfloat16"),
+    ],
+)
+@torch.no_grad()
+def test_lucidrains_network_of_these_layers_and_the_library_s_computes_the_model(size, options, n, dtype):
+    """The library's are the stem, the attentions and the convolutions of stride 2."""
+    model = rms_unet(**options)
+    kinds, residuals = run_by_layers(model, read(model), size, n, dtype)
+    assert kinds >= {"conv", "linear", RMSNorm, Output, "library"}
+    assert residuals >= {Linear, RMSNorm}
 
 
 @interpreted

@@ -99,7 +99,7 @@ __launch_bounds__(kThreads, 4) rms_norm_silu_backward_kernel(RmsNormSiluArgs arg
     }
 #pragma unroll
     for (int j = 0; j < N; ++j)
-      slope[j] = mine ? slopes[at.column * N + j] : 0.0f;
+      slope[j] = mine ? slopes[at.column * N + j] : 0.0f;  // written again after the barriers of sum_rows
     for (uint32_t run = 0; run < work.channels; run += at.rows) {
       const uint32_t channel = run + at.row;
       float d_weight = 0.0f, d_beta = 0.0f;
@@ -123,7 +123,6 @@ __launch_bounds__(kThreads, 4) rms_norm_silu_backward_kernel(RmsNormSiluArgs arg
       if (at.column == 0 && channel < work.channels)
         keep(args, work, share, channel, first == share.first, d_weight, d_beta);
     }
-    __syncthreads();  // factors and slopes are written again
   }
 }
 
@@ -198,7 +197,7 @@ __global__ void __launch_bounds__(kThreads, 4) rms_norm_silu_backward_across_ker
         if (mine && at.row == 0) keep(args, work, share, pack * N + j, first == share.first, of_gx[j], of_g[j]);
       }
     });
-    __syncthreads();
+    __syncthreads();  // factors and slopes are written again
   }
 }
 

@@ -51,7 +51,7 @@ __launch_bounds__(kThreads, 4) rms_norm_silu_kernel(RmsNormSiluArgs args, Work w
     Floats<N> factor;
 #pragma unroll
     for (int j = 0; j < N; ++j)
-      factor[j] = factors[at.column * N + j];
+      factor[j] = factors[at.column * N + j];  // written again after the barriers of sum_rows
     for (uint32_t channel = at.row; mine && channel < work.channels; channel += at.rows) {
       const Affine<1> affine(args, work, share.sample, channel);
       normalize<T, N>(
@@ -59,7 +59,6 @@ __launch_bounds__(kThreads, 4) rms_norm_silu_kernel(RmsNormSiluArgs args, Work w
           [&](int) { return affine.weight[0]; }, [&](int) { return affine.beta[0]; }
       );
     }
-    __syncthreads();  // factors is written again
   }
 }
 
@@ -92,7 +91,7 @@ __launch_bounds__(kThreads, 4) rms_norm_silu_across_kernel(RmsNormSiluArgs args,
         );
       }
     });
-    __syncthreads();
+    __syncthreads();  // factors is written again
   }
 }
 

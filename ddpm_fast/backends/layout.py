@@ -14,6 +14,8 @@ from torch import Tensor
 
 def _is_channels_last(x: Tensor) -> bool:
     """Dense with the channel (dimension 1) fastest, for any number of dimensions."""
+    if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):  # says so at a tenth of the host time
+        return True
     return x.dim() >= 3 and x.movedim(1, -1).is_contiguous()
 
 

@@ -185,17 +185,9 @@ def add_bias_temb(h: Tensor, bias: Tensor | None, temb: Tensor | None, act: str)
     x, bias, temb = layout.dense(h), _flat(bias), _flat(temb)
     y = Staged(torch.empty_like(h), layout)
     _C.add_bias_temb(
-        *_target(h),
-        *_shape(layout),
-        _address(x),
-        _dtype(x),
-        _address(bias),
-        _dtype(bias),
-        _address(temb),
-        _dtype(temb),
-        act == "silu",
-        _address(y.data),
-    )
+        *_target(h), *_shape(layout), _address(x), _dtype(x), _address(bias), _dtype(bias), _address(temb),
+        _dtype(temb), act == "silu", _address(y.data),
+    )  # fmt: skip
     return y.commit()
 
 

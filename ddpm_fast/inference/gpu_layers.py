@@ -12,9 +12,10 @@ from ..backends.triton.conv_call import Conv as ConvLaunch
 from ..backends.triton.conv_output import MAX_OUTPUTS
 from ..backends.triton.conv_output import Output as OutputLaunch
 from ..backends.triton.norm import Norm as NormLaunch
+from ..backends.triton.rms_norm import RMSNorm as RMSNormLaunch
 from .candidate import Bound, Candidate, Frame, Place
-from .gpu_tiles import spans, tiles
-from .network import Conv, Layer, Linear, Norm, Output, Up
+from .gpu_tiles import pixel_blocks, spans, tiles
+from .network import Conv, Layer, Linear, Norm, Output, RMSNorm, Up
 
 TILES = 4
 """Configurations listed per layer. The tutorial U-Net has about 60 different kernels then, half a second of compilation
@@ -40,6 +41,9 @@ def listed(
     if isinstance(layer, Norm):
         channels = layer.source.channels
         return [TritonNorm(*found) for found in spans(channels, layer.groups)] if channels % 16 == 0 else []
+    if isinstance(layer, RMSNorm):
+        channels = layer.source.channels
+        return [TritonRMSNorm(*found) for found in pixel_blocks(channels, h * w)] if channels % 16 == 0 else []
     up = isinstance(layer, Up)
     columns, channels = layer.weight.shape[up], layer.weight.shape[not up]
     image, doubled = layer.source is None, isinstance(layer, Conv) and layer.resample == "up"
@@ -68,13 +72,13 @@ def listed(
     return [*(of("window", n, 4, 4) if dense else []), *of("conv", rows, 9, 1)]
 
 
-def serves(layer: Layer) -> TypeGuard[Conv | Up | Linear | Norm | Output]:
+def serves(layer: Layer) -> TypeGuard[Conv | Up | Linear | Norm | RMSNorm | Output]:
     """What these kernels compute: no stride of 2, no 7x7, no attention."""
     if isinstance(layer, Conv):
         if layer.weight.shape[-1] != 3:
             return False
         return layer.resample == "none" or (layer.resample == "up" and layer.source is not None)
-    return isinstance(layer, (Up, Linear, Norm, Output))
+    return isinstance(layer, (Up, Linear, Norm, RMSNorm, Output))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,6 +144,39 @@ class TritonNorm:
             self.warps,
             silu=layer.silu,
             first_column=layer.modulation,
+        )
+
+        def run(frame: Frame) -> None:
+            launch(frame.time_table, frame.time_rows, frame.label_table, frame.label_rows)
+
+        return run
+
+
+@dataclasses.dataclass(frozen=True)
+class TritonRMSNorm:
+    """An RMSNorm by programs of `pixels` pixels and `warps` warps."""
+
+    pixels: int
+    warps: int
+
+    @property
+    def name(self) -> str:
+        return f"triton {self.pixels} pixels x {self.warps} warps"
+
+    def prepare(self, layer: Layer, place: Place) -> Bound:
+        assert place.source is not None
+        assert place.target is not None
+        assert isinstance(layer, RMSNorm)
+        launch = RMSNormLaunch(
+            place.source,
+            layer.weight,
+            place.target,
+            layer.eps,
+            self.pixels,
+            self.warps,
+            silu=layer.silu,
+            first_column=layer.modulation,
+            residual=place.residual,
         )
 
         def run(frame: Frame) -> None:

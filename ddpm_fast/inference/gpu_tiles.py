@@ -13,7 +13,9 @@ import math
 import torch
 
 from ..backends.triton.conv_call import Tile
+from ..backends.triton.launch import power_of_two
 from ..backends.triton.norm import MAX_SPAN
+from ..backends.triton.rms_norm import MAX_CHANNELS
 
 ROWS, COLUMNS, SPLITS = (128, 64, 32, 16), (128, 64, 32), (1, 2, 4, 8, 16)
 
@@ -106,4 +108,20 @@ def spans(channels: int, groups: int) -> list[tuple[int, int]]:
         return []
     least = next((span for span in aligned if span >= 32), aligned[-1])
     found = [(least, 16), (aligned[-1], 16), (least, 8)]
+    return list(dict.fromkeys(found))
+
+
+def pixel_blocks(channels: int, pixels: int) -> list[tuple[int, int]]:
+    """(pixels, warps) of a program of an RMSNorm, most promising first: 16 elements a thread in programs of 4 warps and
+    of 8, and 8 in those of 4; of images of so many pixels. Nothing where a pixel has more channels than a program can
+    have."""
+    if channels > MAX_CHANNELS:
+        return []
+    width, most, found = power_of_two(channels), power_of_two(pixels), []
+    for warps, elements in ((4, 16), (8, 16), (4, 8)):
+        block = 32 * warps * elements // width
+        if block > most:  # fewer warps do for fewer pixels
+            block, warps = most, max(1, warps * most // block)
+        if block > 0:
+            found.append((block, warps))
     return list(dict.fromkeys(found))

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ STORED = {torch.bfloat16: "bf16", torch.float32: "f32"}
 TRIED_ISAS = {"bf16": 2, "f32": 1}  # best first; a matrix unit does not win everywhere, wider vectors do
 MULTIPLE = 16  # of channels, the image's own apart
 KINDS = ("point", "window", "winograd", "direct")
+CHUNK_BYTES = 1 << 20  # of a thread, that a layer should read and write before the next one comes
 Product = Conv | Up | Down | Linear | Output  # layers that multiply by packed weights
 Address = tuple[int, int]  # of a view's first pixel, and elements from pixel to pixel
 ONLY_AT = {"point": (1, 1), "window": (2, 2)}  # pixels of an image
@@ -108,9 +110,14 @@ class NativeLayer:
             self.packed = place.packs.get(layer, (kind, isa), functools.partial(_pack, kind, isa, layer))
         self._own: Run | None = None
 
-    def add(self, program: Any) -> None:
-        """Appends this layer to a `_C.Program`."""
-        layer, place = self.layer, self.place
+    def bytes_of_image(self) -> int:
+        """What it reads and writes for one image, weights and the image itself apart."""
+        views = (self.place.source, self.place.target, self.place.residual)
+        return sum(view[0].numel() * view.element_size() for view in views if view is not None)
+
+    def add(self, program: Any, images: slice = slice(None)) -> None:
+        """Appends this layer to a `_C.Program`, for some of the images only if asked to."""
+        layer, place = self.layer, _of_images(self.place, images)
         size = (place.n, place.h, place.w)
         source, target, residual = _where(place.source), _where(place.target), _where(place.residual)
         channels = 0 if isinstance(layer, Output) else layer.target.channels
@@ -128,20 +135,18 @@ class NativeLayer:
                 weights = (layer.weight.data_ptr(), layer.bias.data_ptr(), layer.silu, *_columns(layer))
                 program.norm(self.isa, *size, channels, layer.groups, layer.eps, *source, *weights, *target)
             case _:
-                self._add_product(layer, program, size, (source, target, residual))
+                self._add_product(layer, program, place)
 
-    def _add_product(
-        self, layer: Product, program: Any, size: tuple[int, int, int], ends: tuple[Address, Address, Address]
-    ) -> None:
+    def _add_product(self, layer: Product, program: Any, place: Place) -> None:
         assert self.packed is not None
-        source, target, residual = ends
+        source, target, residual = _where(place.source), _where(place.target), _where(place.residual)
         out, c = _channels(layer)
-        what = (self.kind, self.isa, *size, c, out, *source, self.packed.data_ptr(), layer.bias.data_ptr())
+        size = (place.n, place.h, place.w, c, out)
+        what = (self.kind, self.isa, *size, *source, self.packed.data_ptr(), layer.bias.data_ptr())
         match layer:
             case Conv():
                 temb = -1 if layer.temb is None else layer.temb
-                pooled = _where(self.place.pooled)
-                program.conv(*what, layer.silu, temb, layer.padding, *target, *pooled, *residual)
+                program.conv(*what, layer.silu, temb, layer.padding, *target, *_where(place.pooled), *residual)
             case Output():
                 program.output(*what)
             case _:
@@ -151,6 +156,19 @@ class NativeLayer:
         if self._own is None:
             self._own = Run([self])
         self._own(frame)
+
+
+def _of_images(place: Place, images: slice) -> Place:
+    """The place of these images alone."""
+    if images == slice(None):
+        return place
+
+    def part(view: Tensor | None) -> Tensor | None:
+        return None if view is None else view[images]
+
+    ends = (part(place.source), part(place.target), part(place.pooled))
+    n, residual = images.stop - images.start, part(place.residual)
+    return Place(n, place.h, place.w, place.dtype, place.device, *ends, place.columns, place.packs, residual)
 
 
 def _columns(layer: Norm | RMSNorm) -> tuple[int, int]:
@@ -187,14 +205,33 @@ def _where(view: Tensor | None) -> Address:
     return (0, 0) if view is None else (view.data_ptr(), pixel_stride(view))
 
 
+def chunked(layers: list[NativeLayer], threads: int) -> Iterator[tuple[NativeLayer, slice]]:
+    """The order of work: each layer, and for which images.
+
+    Layers whose activations do not stay in the caches until the next layer reads them are not run one after the other
+    for all images, but all of them for the first few images, then for the next. Bits do not depend on it.
+    """
+    for _, group in itertools.groupby(layers, lambda layer: (layer.place.h, layer.place.w)):
+        alike = list(group)
+        n = alike[0].place.n
+        parts = -(-n * max(layer.bytes_of_image() for layer in alike) // (CHUNK_BYTES * max(threads, 2)))
+        parts = min(parts, n // threads) if len(alike) > 1 else 1  # every thread finds an image to work on
+        if parts <= 1:
+            yield from ((layer, slice(None)) for layer in alike)
+            continue
+        for i in range(parts):
+            yield from ((layer, slice(n * i // parts, n * (i + 1) // parts)) for layer in alike)
+
+
 class Run:
     """Neighbouring native layers as one program. Keeps alive what the program has only the addresses of."""
 
     def __init__(self, layers: list[NativeLayer]) -> None:
         self.layers = layers
         self._program = extension._C.Program(layers[0].place.columns)
-        for layer in layers:
-            layer.add(self._program)
+        for layer, images in chunked(layers, torch.get_num_threads()):
+            self._program.from_image(images.start or 0)
+            layer.add(self._program, images)
 
     def __call__(self, frame: Frame) -> None:
         label_table, label_rows = frame.label_table, frame.label_rows

@@ -37,12 +37,20 @@ def check_model(diffusion: object) -> tuple[int, int]:
     return height, width
 
 
-def check_numbers(trainer: Any, num_samples: int) -> None:
-    """Counts must be positive, `num_samples` a square; a small effective batch is a warning."""
+def check_numbers(trainer: Any) -> None:
+    """Counts and `max_grad_norm` must be positive (1e5 is made 100000), `num_samples` a square; a small effective
+    batch is a warning.
+    """
     for name in ("batch_size", "gradient_accumulate_every", "train_num_steps", "save_and_sample_every", "num_samples"):
         value = getattr(trainer, name)
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} must be a positive integer, got {value!r}")
+        if not isinstance(value, (int, float)) or value != value // 1 or value < 1:
+            argument = "train_batch_size" if name == "batch_size" else name
+            raise ValueError(f"{argument} must be a positive integer, got {value!r}")
+        setattr(trainer, name, int(value))
+    limit = trainer.max_grad_norm  # a negative one would turn the gradient around
+    if isinstance(limit, bool) or not isinstance(limit, (int, float)) or not limit > 0:
+        raise ValueError(f"max_grad_norm must be a positive number, math.inf for no limit, got {limit!r}")
+    num_samples = trainer.num_samples
     root = math.isqrt(num_samples)
     if root * root != num_samples:
         raise ValueError(f"num_samples must be a square, got {num_samples}; near are {root**2} and {(root + 1) ** 2}")
@@ -88,6 +96,15 @@ def mode_of(asked: str | None, channels: int) -> str:
     if channels_of(mode) != channels:
         raise ValueError(f"convert_image_to={mode!r} gives {channels_of(mode)} channels, and the model has {channels}")
     return mode
+
+
+def check_step(step: object, source: str) -> int:
+    """How many steps a checkpoint has behind it, a whole number or a tensor of one."""
+    if isinstance(step, Tensor) and step.numel() == 1:
+        step = step.item()
+    if isinstance(step, bool) or not isinstance(step, (int, float)) or step != step // 1 or step < 0:
+        raise ValueError(f"{source} must be a number of steps, got {step!r}")
+    return int(step)
 
 
 def check_fits(state: object, module: nn.Module, source: str) -> None:

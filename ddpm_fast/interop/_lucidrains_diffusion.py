@@ -18,6 +18,7 @@ from ._lucidrains_sampling import Sampling
 from ._lucidrains_schedule import OBJECTIVES, loss_weight, schedule_of
 
 LOSSES = {"l2": "mse", "l1": "l1", "huber": "huber"}
+REDUCTIONS = ("mean", "none")
 EAGER = {"l2": nn.functional.mse_loss, "l1": nn.functional.l1_loss, "huber": nn.functional.smooth_l1_loss}
 
 
@@ -150,12 +151,17 @@ class GaussianDiffusion(Sampling):
 
         noise: eps, like x_start; default torch.randn_like. Under immiscible it is assigned to the images.
         """
-        _one_of("loss_reduction", loss_reduction, ("mean", "none"))
+        _one_of("loss_reduction", loss_reduction, REDUCTIONS)
+        _one_of("objective", self.objective, OBJECTIVES)
         noise = self._training_noise(x_start, noise, offset_noise_strength)
-        if self.objective == "pred_v":
+        if self.objective == "pred_v" and not self._altered(("q_sample", "predict_v")):
             x, target = self._noised(x_start, t, noise, target="v")
         else:
-            x, target = self._noised(x_start, t, noise), noise if self.objective == "pred_noise" else x_start
+            x = self.q_sample(x_start=x_start, t=t, noise=noise)
+            if self.objective == "pred_v":
+                target = self.predict_v(x_start, t, noise)
+            else:
+                target = noise if self.objective == "pred_noise" else x_start
         x_self_cond = None
         if self.self_condition and random.random() < 0.5:  # the package's coin, from the package's generator
             with torch.no_grad():
@@ -185,6 +191,7 @@ class GaussianDiffusion(Sampling):
 
 def reduced(each: Tensor, loss_reduction: str) -> Tensor:
     """(B,) as it is for "none", its mean for "mean"."""
+    _one_of("loss_reduction", loss_reduction, REDUCTIONS)
     return each if loss_reduction == "none" else each.mean()
 
 

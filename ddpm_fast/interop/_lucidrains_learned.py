@@ -82,7 +82,7 @@ class LearnedGaussianDiffusion(GaussianDiffusion):
     ) -> Tensor:
         """L_hybrid = L_simple + lambda L_vlb; the bound's gradient goes to the variance alone, not to the mean."""
         noise = self._training_noise(x_start, noise, None)
-        x_t = self._noised(x_start, t, noise)
+        x_t = self.q_sample(x_start=x_start, t=t, noise=noise)
         output = self.model(x_t, t)
         simple = self._distance(output.chunk(2, dim=1)[0], noise) * self.loss_weight.gather(-1, t)
 
@@ -175,7 +175,7 @@ class WeightedObjectiveGaussianDiffusion(GaussianDiffusion):
     ) -> Tensor:
         """Loss of the mixture (its estimate by eps within [-2, 2]), of x0 and of eps."""
         noise = self._training_noise(x_start, noise, None)
-        x_t = self._noised(x_start, t, noise)
+        x_t = self.q_sample(x_start=x_start, t=t, noise=noise)
         mixture, eps, x0 = self._mixed(x_t, t, self.model(x_t, t), clip=2.0)
         each = self._distance(mixture, x_start)
         each = each + self.pred_x_start_loss_weight * self._distance(x0, x_start)

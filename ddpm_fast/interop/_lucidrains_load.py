@@ -9,16 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from ..nn import RMSNormUNet
 from ..schedule import Schedule
 from ._lucidrains_diffusion import GaussianDiffusion
 from ._lucidrains_learned import LearnedGaussianDiffusion, WeightedObjectiveGaussianDiffusion
-from ._lucidrains_schedule import SAME, objective_of, schedule_of
-from ._lucidrains_unet import BUFFERS, load_unet
+from ._lucidrains_schedule import SAME, SCHEDULES, objective_of, schedule_of
+from ._lucidrains_unet import BUFFERS, load_unet, unet_of, unwrapped
 from ._weights import read_file
 
+EXACT = (torch.float32, torch.float64)  # what a schedule can be read from
 UNET_ARGUMENTS = frozenset(inspect.signature(RMSNormUNet).parameters)
 
 
@@ -38,7 +40,7 @@ def load_diffusion(
         ema: of a Trainer's file the averaged weights; False: those being trained.
         arguments: of `GaussianDiffusion` (sampling_timesteps, loss_type, ...) and of `Unet`, where the defaults are not
             meant. timesteps, the schedule and the objective follow from the buffers; an objective that is given must be
-            the one whose loss weights were saved.
+            the one whose loss weights were saved. Buffers in half precision only tell which schedule it is.
 
     A Unet with twice the channels out makes a LearnedGaussianDiffusion, one with two more a
     WeightedObjectiveGaussianDiffusion. Raises FileNotFoundError or ValueError as `load_unet` does.
@@ -48,18 +50,32 @@ def load_diffusion(
     else:
         found, name = read_file(Path(source)) if Path(source).is_file() else {}, str(source)
     of_unet = {key: value for key, value in arguments.items() if key in UNET_ARGUMENTS}
-    model = load_unet(found or source, ema=ema, **of_unet)  # says what is wrong with a file that is missing
+    # load_unet says what is wrong with a file that is missing.
+    model = unet_of(found, name, ema=ema, **of_unet) if found else load_unet(source, ema=ema, **of_unet)
     buffers = _buffers(found, name, ema)
     rest = {key: value for key, value in arguments.items() if key not in UNET_ARGUMENTS}
     betas = buffers["betas"]
     if rest.setdefault("timesteps", len(betas)) != len(betas):
         raise ValueError(f"{name} has {len(betas)} timesteps, got timesteps={rest['timesteps']}")
-    if "beta_schedule" not in rest:
-        rest["beta_schedule"] = _name_of(betas)
+    named = _name_of(betas, rest.get("schedule_fn_kwargs") or {}, rest.get("beta_schedule"))
+    rounded = betas.dtype not in EXACT
+    if rounded and named is None:
+        raise ValueError(
+            f"{name} holds its schedule in {betas.dtype}, too coarse to go by, and it is no default one; pass the "
+            "beta_schedule and schedule_fn_kwargs that it was trained with"
+        )
+    rest.setdefault("beta_schedule", named or "sigmoid")
     make = _class_of(model.channels, model.out_dim, name)
     if make is GaussianDiffusion:
-        rest["objective"] = _objective(buffers, rest.get("objective"), name)
+        used = schedule_of(named, len(betas), rest.get("schedule_fn_kwargs") or {}) if rounded and named else None
+        rest["objective"], gamma = _objective(
+            buffers["loss_weight"], used or Schedule.from_betas(betas), rest.get("objective"), name
+        )
+        if rounded and gamma is not None:
+            rest |= {"min_snr_loss_weight": True, "min_snr_gamma": gamma}
     diffusion = make(model, image_size=image_size, **rest)
+    if rounded:  # the schedule by its name is the better one
+        return diffusion.eval()
     diffusion.load_state_dict({**buffers, **{f"model.{key}": value for key, value in model.state_dict().items()}})
     return diffusion.eval()
 
@@ -69,7 +85,8 @@ def _buffers(found: Mapping[str, Any], name: str, ema: bool) -> dict[str, Tensor
     state: Mapping[str, Any] = found
     if isinstance(found.get("model"), Mapping):
         prefix, state = ("ema_model.", found["ema"]) if ema else ("", found["model"])
-        state = {key[len(prefix) :]: value for key, value in state.items() if key.startswith(prefix)}
+        state = {str(key)[len(prefix) :]: value for key, value in state.items() if str(key).startswith(prefix)}
+    state = unwrapped(state)
     missing = [key for key in BUFFERS if key not in state]
     if len(missing) == len(BUFFERS):
         raise ValueError(f"{name} holds a network and no GaussianDiffusion; load_unet loads it")
@@ -77,7 +94,11 @@ def _buffers(found: Mapping[str, Any], name: str, ema: bool) -> dict[str, Tensor
         raise ValueError(f"{name} holds no GaussianDiffusion of version 2: {missing[0]} is missing")
     buffers = {key: state[key] for key in BUFFERS}
     for key, value in buffers.items():
-        if value.dim() != 1 or value.shape != buffers["betas"].shape or not len(value):
+        if not isinstance(value, Tensor):
+            raise ValueError(f"{name} must hold tensors by name, got {type(value).__name__} under {key!r}")
+        if buffers["betas"].dim() != 1 or not len(buffers["betas"]):
+            raise ValueError(f"{name}: betas must have shape (T,), got {tuple(buffers['betas'].shape)}")
+        if value.dim() != 1 or value.shape != buffers["betas"].shape:
             raise ValueError(f"{name}: {key} must have shape {tuple(buffers['betas'].shape)}, got {tuple(value.shape)}")
     return buffers
 
@@ -93,24 +114,30 @@ def _class_of(channels: int, out_dim: int, name: str) -> type[GaussianDiffusion]
     return known[out_dim]
 
 
-def _name_of(betas: Tensor) -> str:
-    """The schedule by its default arguments that these are the betas of; any other follows from the betas alone."""
-    given = betas.detach().cpu().double().numpy()
-    for name in ("linear", "cosine"):
-        if (name == "cosine" or len(given) > 20) and np.allclose(
-            given, schedule_of(name, len(given), {}).betas, rtol=SAME, atol=0.0
-        ):
+def _name_of(betas: Tensor, options: Mapping[str, Any], given: str | None) -> str | None:
+    """The schedule, of these arguments or the default ones, that these are the betas of; None: of none that is known.
+
+    given: the only one to be tried.
+    """
+    found, precision = betas.detach().cpu().double().numpy(), torch.finfo(betas.dtype)
+    rtol, atol = SAME, 0.0
+    if betas.dtype not in EXACT:
+        rtol, atol = precision.eps, precision.tiny * precision.eps
+    for name in SCHEDULES if given is None else (given,):
+        if name == "linear" and len(found) < 20:
+            continue  # its betas would exceed 1
+        if np.allclose(found, schedule_of(name, len(found), options).betas, rtol=rtol, atol=atol):
             return name
-    return "sigmoid"
+    return None
 
 
-def _objective(buffers: Mapping[str, Tensor], given: str | None, name: str) -> str:
-    """The objective whose loss weights were saved, which must be the given one, if one was given."""
-    found = objective_of(buffers["loss_weight"], Schedule.from_betas(buffers["betas"]).snr)
+def _objective(weight: Tensor, schedule: Schedule, given: str | None, name: str) -> tuple[str, float | None]:
+    """The objective whose loss weights were saved, which must be the given one, if one was given; min-SNR's gamma."""
+    found = objective_of(weight, schedule.snr)
     if found is None:
         if given is None:
             raise ValueError(f"{name}: loss_weight is that of no objective; say which it is, objective=")
-        return given
+        return given, None
     if given is not None and given != found[0]:
         raise ValueError(f"{name} was trained with objective {found[0]!r}, as its loss_weight says, got {given!r}")
-    return found[0]
+    return found

@@ -93,7 +93,14 @@ class Sampling(Process):
 
     def _sampled(self) -> tuple[Any, Choices]:
         """The network that the sampler calls, and the choices that go with it."""
-        return self.model, {"prediction": OBJECTIVES[self.objective]}
+        if self.objective not in OBJECTIVES:
+            raise ValueError(f"objective must be one of {', '.join(OBJECTIVES)}, got {self.objective!r}")
+        # The package passes the condition by position: a network of one's own may call it anything.
+        by_position = self.self_condition and not inference.knows(self.model)
+        return self._told if by_position else self.model, {"prediction": OBJECTIVES[self.objective]}
+
+    def _told(self, x: Tensor, t: Tensor, x_self_cond: Tensor) -> Tensor:
+        return self._call(x, t, x_self_cond)
 
     # -- images -------------------------------------------------------------------------------------------------------
 
@@ -167,13 +174,20 @@ class Sampling(Process):
             z1, z2, noise, seed = draw(), draw(), lambda row, t: draw(), 0
         with torch.no_grad():
             times = torch.full((n,), t, device=x1.device)
-            one, two = (self._noised(self.normalize(x), times, z) for x, z in ((x1, z1), (x2, z2)))
+            one, two = (self.q_sample(self.normalize(x), times, z) for x, z in ((x1, z1), (x2, z2)))
             x = (1 - lam) * one + lam * two
         if self._altered():
             return self.unnormalize(by_hand(self, x, list(range(t, -1, -1)))[-1])
         start = self.num_timesteps - 1 - t
         told = torch.zeros_like(x) if self.self_condition and start else None
-        arguments = {"x": x, "start": start, "x0_prev": told, "seed": seed, "noise": noise, "output": "model"}
+        arguments: dict[str, Any] = {
+            "x": x,
+            "start": start,
+            "x0_prev": told,
+            "seed": seed,
+            "noise": noise,
+            "output": "model",
+        }
         return self.unnormalize(self._sampler(False).sample(n, sizes, **arguments))
 
     def _run(
@@ -226,9 +240,9 @@ class Sampling(Process):
 
     # -- subclasses ---------------------------------------------------------------------------------------------------
 
-    def _altered(self) -> bool:
-        """Whether some part of a step is not ours, so that only calling it does what it does."""
-        return any(getattr(self, part).__module__.split(".")[0] != "ddpm_fast" for part in PARTS)
+    def _altered(self, parts: Sequence[str] = PARTS) -> bool:
+        """Whether one of these, by default what a step is made of, is not ours: only calling it does what it does."""
+        return any(getattr(self, part).__module__.split(".")[0] != "ddpm_fast" for part in parts)
 
     def _check_altered(self, seed: int | None, first_sample: int, generator: Generators | None) -> bool:
         altered = self._altered()

@@ -44,6 +44,8 @@ def tables(schedule: Schedule) -> dict[str, Float64]:
     noise = schedule.one_minus_alphas_cumprod
     noise_before = np.concatenate([[0.0], noise[:-1]])
     variance = betas * noise_before / noise
+    with np.errstate(divide="ignore"):  # a schedule may end without any signal
+        recip, recipm1 = np.sqrt(1.0 / A), np.sqrt(noise / A)
     return {
         "betas": betas,
         "alphas_cumprod": A,
@@ -51,8 +53,8 @@ def tables(schedule: Schedule) -> dict[str, Float64]:
         "sqrt_alphas_cumprod": schedule.sqrt_alphas_cumprod,
         "sqrt_one_minus_alphas_cumprod": schedule.sqrt_one_minus_alphas_cumprod,
         "log_one_minus_alphas_cumprod": np.log(noise),
-        "sqrt_recip_alphas_cumprod": np.sqrt(1.0 / A),
-        "sqrt_recipm1_alphas_cumprod": np.sqrt(noise / A),
+        "sqrt_recip_alphas_cumprod": recip,
+        "sqrt_recipm1_alphas_cumprod": recipm1,
         "posterior_variance": variance,
         "posterior_log_variance_clipped": np.log(np.maximum(variance, 1e-20)),  # it is 0 at t = 0
         "posterior_mean_coef1": betas * np.sqrt(P) / noise,
@@ -65,7 +67,10 @@ def loss_weight(snr: Float64, objective: str, gamma: float | None) -> Float64:
     min-SNR (Hang et al. 2023, arXiv 2303.09556).
     """
     c = snr if gamma is None else np.minimum(snr, gamma)
-    return np.asarray({"pred_noise": c / snr, "pred_x0": c, "pred_v": c / (snr + 1.0)}[objective])
+    if objective != "pred_noise":
+        return np.asarray(c / (snr + 1.0) if objective == "pred_v" else c)
+    with np.errstate(divide="ignore"):  # linear betas of 20 steps end in snr = 0, where c / snr is 1
+        return np.ones_like(snr) if gamma is None else np.minimum(1.0, gamma / snr)
 
 
 def objective_of(weight: Tensor, snr: Float64) -> tuple[str, float | None] | None:
@@ -74,11 +79,13 @@ def objective_of(weight: Tensor, snr: Float64) -> tuple[str, float | None] | Non
     The weight times what the objective divides by is min(snr, gamma), and no two objectives agree in that.
     """
     given = weight.detach().cpu().double().numpy()
+    near = max(1e-4, 4 * torch.finfo(weight.dtype).eps)
     for objective, divisor in (("pred_noise", snr), ("pred_x0", 1.0), ("pred_v", snr + 1.0)):
         c = given * divisor
         gamma = float(c.max())
-        if np.allclose(c, np.minimum(snr, gamma), rtol=1e-4, atol=0.0):
-            return objective, None if gamma >= snr.max() * (1.0 - 1e-4) else gamma
+        expected = torch.from_numpy(np.asarray(np.minimum(snr, gamma) / divisor)).to(weight.dtype).double().numpy()
+        if np.allclose(given, expected, rtol=near, atol=0.0):
+            return objective, None if gamma >= snr.max() * (1.0 - near) else gamma
     return None
 
 

@@ -21,6 +21,7 @@ from ._lucidrains_checks import (
     check_folder,
     check_model,
     check_numbers,
+    check_step,
     device_of,
     mode_of,
 )
@@ -63,7 +64,7 @@ class Trainer:
     and the arguments of the same names.
 
     Raises ValueError and TypeError for bad arguments, FileNotFoundError for a missing folder, ImportError for a missing
-    package, all before anything is written or moved.
+    package, all before anything is written.
     """
 
     def __init__(
@@ -101,7 +102,7 @@ class Trainer:
         self.batch_size, self.gradient_accumulate_every = train_batch_size, gradient_accumulate_every
         self.train_num_steps, self.max_grad_norm = train_num_steps, max_grad_norm
         self.save_and_sample_every, self.num_samples = save_and_sample_every, num_samples
-        check_numbers(self, num_samples)
+        check_numbers(self)
         if save_best_and_latest_only and not calculate_fid:
             raise ValueError("save_best_and_latest_only=True needs calculate_fid=True, by which the best is known")
         precision = mixed_precision_type if amp else None
@@ -110,21 +111,19 @@ class Trainer:
 
         mode = mode_of(convert_image_to, self.channels)
         self.ds = ImageFolder(folder, self.image_size, horizontal_flip=augment_horizontal_flip, mode=mode, fit=fit)
-        check_count(self.ds, train_batch_size)
+        check_count(self.ds, self.batch_size)
         self.results_folder = check_folder(results_folder)
         self.calculate_fid, self.save_best_and_latest_only = calculate_fid, save_best_and_latest_only
         self.best_fid = math.inf
         if calculate_fid:
             if self.channels not in (1, 3):
                 raise ValueError(f"calculate_fid is of images with 1 or 3 channels, got {self.channels}")
-            _print_cost(diffusion_model, num_fid_samples, save_and_sample_every)
+            _print_cost(diffusion_model, num_fid_samples, self.save_and_sample_every)
             plain = ImageFolder(folder, self.image_size, mode=mode, fit=fit)
             features = fid_features or inception(inception_block_idx, self.device)
-            self.fid_scorer = Fid(plain, features, samples=num_fid_samples, batch=train_batch_size, device=self.device)
-        self.results_folder.mkdir(parents=True, exist_ok=True)
-
+            self.fid_scorer = Fid(plain, features, samples=num_fid_samples, batch=self.batch_size, device=self.device)
         self.model = diffusion_model.to(self.device)
-        self.dl: Iterator[Tensor] = endless(loader(self.ds, train_batch_size, workers=num_workers))
+        self.dl: Iterator[Tensor] = endless(loader(self.ds, self.batch_size, workers=num_workers))
         self.opt = torch.optim.Adam(self.model.parameters(), lr=train_lr, betas=adam_betas)
         self.ema = EMA(self.model, beta=ema_decay, update_every=ema_update_every)
         self._loop = Loop(
@@ -132,11 +131,12 @@ class Trainer:
             self.opt,
             device=self.device,
             ema=self.ema,
-            accumulate=gradient_accumulate_every,
+            accumulate=self.gradient_accumulate_every,
             max_grad_norm=max_grad_norm,
             precision=precision,
         )
         self.step = 0
+        self.results_folder.mkdir(parents=True, exist_ok=True)
 
     def train(self) -> None:
         """Steps until `train_num_steps`, with a milestone every `save_and_sample_every`; a tqdm bar where it is there.
@@ -222,13 +222,14 @@ class Trainer:
             raise ValueError(f"{path} is not a Trainer's checkpoint: expected {', '.join(PARTS)}, got {holds}")
         check_fits(content["model"], self.model, f"{path}: model")
         check_fits(content["ema"], self.ema, f"{path}: ema")
+        step = check_step(content["step"], f"{path}: step")
         try:
             self.opt.load_state_dict(content["opt"])
-        except (ValueError, KeyError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path}: opt does not fit: {error}") from None
         self.model.load_state_dict(content["model"])
         self.ema.load_state_dict(content["ema"])
-        self.step = int(content["step"])
+        self.step = step
         self.best_fid = content.get("best_fid", math.inf)
         if self._loop.scaler is not None and content.get("scaler"):
             self._loop.scaler.load_state_dict(content["scaler"])

@@ -107,6 +107,11 @@ def load_unet(source: str | os.PathLike[str] | Mapping[str, Any], *, ema: bool =
         if not path.is_file():
             raise FileNotFoundError(f"no file {path}" + _beside(path))
         found, name = read_file(path), str(path)
+    return unet_of(found, name, ema=ema, **arguments)
+
+
+def unet_of(found: Mapping[str, Any], name: str, *, ema: bool = True, **arguments: Any) -> RMSNormUNet:
+    """`load_unet` of what a file holds, which messages call `name`."""
     state = unet_state(found, name, ema=ema)
     return _build(unet_arguments(state, name, **arguments), state, name).eval()
 
@@ -126,6 +131,7 @@ def unet_state(found: Mapping[str, Any], source: object = "the state dict", *, e
             state = _under("ema_model.", averaged)
             if not state:
                 raise ValueError(f"{source} holds an average without ema_model.*; pass ema=False")
+    state = unwrapped(state)
     if any(str(key).startswith("model.") for key in state):
         extra = [key for key in state if not str(key).startswith("model.") and key not in BUFFERS]
         if extra:
@@ -193,6 +199,12 @@ def unet_arguments(state: Mapping[str, Tensor], source: object = "the state dict
         inferred["learned_sinusoidal_cond"] = not given.get("random_fourier_features", False)
         inferred["learned_sinusoidal_dim"] = 2 * shape("time_mlp.0.weights", None)[0]
     return {**inferred, **given}
+
+
+def unwrapped(state: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys without what torch.compile and the parallel wrappers put in front of a module's own."""
+    wrapper = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|module)\.")
+    return {wrapper.sub("", key) if isinstance(key, str) else key: value for key, value in state.items()}
 
 
 def _under(prefix: str, state: Mapping[str, Any]) -> dict[str, Any]:

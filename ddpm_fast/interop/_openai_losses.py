@@ -28,7 +28,7 @@ class Training(Process):
         if noise.shape != x_start.shape:
             raise ValueError(f"noise must have shape {tuple(x_start.shape)}, got {tuple(noise.shape)}")
         x_t = self.q_sample(x_start, t, noise)
-        output = model(x_t, self._told(t), **(model_kwargs or {}))
+        output = self._call(model, x_t, t, model_kwargs)
         if self.loss_type in (LossType.KL, LossType.RESCALED_KL):
             bound, _ = self._bound(output, x_start, x_t, t, clip_denoised=False)
             return {"loss": bound * self.num_timesteps if self.loss_type is LossType.RESCALED_KL else bound}
@@ -65,7 +65,7 @@ class Training(Process):
             t = torch.full((x_start.shape[0],), step, device=x_start.device)
             noise = torch.randn_like(x_start)
             x_t = self.q_sample(x_start, t, noise)
-            output = model(x_t, self._told(t), **(model_kwargs or {}))
+            output = self._call(model, x_t, t, model_kwargs)
             bound, x0 = self._bound(output, x_start, x_t, t, clip_denoised=clip_denoised)
             terms["vb"].append(bound)
             terms["xstart_mse"].append(_per_image((x0 - x_start) ** 2))

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from ..nn import DDPMUNet
 from ..schedule import Schedule
 
 Fn = Callable[..., Any]
@@ -135,6 +136,14 @@ class Process:
         original = torch.tensor(self.timestep_map, device=t.device)[t]
         return original.float() * (1000.0 / self.original_num_steps) if self.rescale_timesteps else original
 
+    def _call(self, model: Fn, x: Tensor, t: Tensor, model_kwargs: Kwargs) -> Tensor:
+        """What the network returns; labels are called y here."""
+        kwargs = dict(model_kwargs or {})
+        if type(model) is DDPMUNet and "y" in kwargs:
+            kwargs["labels"] = kwargs.pop("y")
+        output: Tensor = model(x, self._told(t), **kwargs)
+        return output
+
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_on_device": {}}
 
@@ -178,8 +187,7 @@ class Process:
         denoised_fn is applied to the estimate of x0, before it is clipped to [-1, 1].
         """
         self._check_t(x, t)
-        output = model(x, self._told(t), **(model_kwargs or {}))
-        return self._moments(output, x, t, clip_denoised, denoised_fn)
+        return self._moments(self._call(model, x, t, model_kwargs), x, t, clip_denoised, denoised_fn)
 
     def _moments(
         self, output: Tensor, x: Tensor, t: Tensor, clip_denoised: bool, denoised_fn: Fn | None = None

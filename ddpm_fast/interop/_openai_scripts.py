@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+import functools
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, ParamSpec, TypeVar
 
 from ..schedule import Schedule
 from ..tables.betas import Float64
 from ..tables.timesteps import timesteps_for
 from ._openai_diffusion import SpacedDiffusion
-from ._openai_flags import DIFFUSION_FLAGS, MODEL_FLAGS, attention_levels, check_names, multipliers
+from ._openai_flags import DIFFUSION_FLAGS, MODEL_FLAGS, attention_levels, boolean, check_names, multipliers, typed
 from ._openai_process import LossType, ModelMeanType, ModelVarType
 from ._openai_unet import UNetModel
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 NUM_CLASSES = 1000
 
@@ -29,11 +34,26 @@ def model_and_diffusion_defaults(guided: bool = False) -> dict[str, Any]:
     return flags | {name: both[guided] for name, both in DIFFERENT.items()}
 
 
+def reads_text(create: Callable[P, T]) -> Callable[P, T]:
+    """Flags may be text, as a command line gives them: "False" must not count as true."""
+    signature = inspect.signature(create)
+
+    @functools.wraps(create)
+    def call(*args: P.args, **kwargs: P.kwargs) -> T:
+        bound = signature.bind(*args, **kwargs)
+        for name, value in bound.arguments.items():
+            bound.arguments[name] = typed("diffusion_steps" if name == "steps" else name, value)
+        return create(*bound.args, **bound.kwargs)
+
+    return call
+
+
 def create_model_and_diffusion(**flags: Any) -> tuple[UNetModel, SpacedDiffusion]:
     """The network and the process of either repository's flags.
 
-    Flags that are left out have their default; rescale_timesteps and rescale_learned_sigmas, whose defaults differ
-    between the two, must be given. ValueError for unknown flags and values that are not covered.
+    Values may be text, as on a command line. Flags that are left out have their default; rescale_timesteps and
+    rescale_learned_sigmas, whose defaults differ between the two, must be given. ValueError for unknown flags and
+    values that are not covered.
     """
     check_names(flags)
     for name, (improved, guided) in DIFFERENT.items():
@@ -48,6 +68,7 @@ def create_model_and_diffusion(**flags: Any) -> tuple[UNetModel, SpacedDiffusion
     return model, create_gaussian_diffusion(steps=every["diffusion_steps"], **options)
 
 
+@reads_text
 def create_model(
     image_size: int,
     num_channels: int,
@@ -71,6 +92,8 @@ def create_model(
     channel_mult: "1,2,3" or, where empty, the repositories' own for image_size 32, 64, 128, 256 or 512.
     attention_resolutions: sides of the images where there is attention, "16,8".
     """
+    if image_size is None:
+        raise ValueError("image_size must be a whole number, got None")
     mult = multipliers(image_size, channel_mult)
     attention = attention_levels(image_size, attention_resolutions, len(mult))
     return UNetModel(
@@ -94,6 +117,7 @@ def create_model(
     )
 
 
+@reads_text
 def create_gaussian_diffusion(
     *,
     steps: int = 1000,
@@ -149,7 +173,7 @@ def add_dict_to_argparser(parser: argparse.ArgumentParser, default_dict: Mapping
 
 
 def _boolean(text: str) -> bool:
-    for value, words in ((True, ("true", "yes", "t", "y", "1")), (False, ("false", "no", "f", "n", "0"))):
-        if text.lower() in words:
-            return value
-    raise argparse.ArgumentTypeError(f"must be True or False, got {text!r}")
+    try:
+        return boolean(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from ..nn import DDPMUNet
 from ..nn.ddpm_blocks import Attention, ResnetBlock
-from ._openai_flags import CLASS, UNCOVERED, Heads, Shape, check_size, ddpm_arguments, widths_of
+from ._openai_flags import UNCOVERED, check_size, widths_of
 from ._openai_keys import to_ours, to_theirs
+from ._openai_shape import CLASS, Heads, Shape, ddpm_arguments
 from ._weights import check_state
 
 
@@ -122,11 +123,14 @@ class UNetModel(DDPMUNet):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         mine = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
-        if not _ours(mine):
-            for key in mine:
-                del state_dict[f"{prefix}{key}"]
-            for key, value in to_ours(mine, self.config, self.use_new_attention_order).items():
-                state_dict[f"{prefix}{key}"] = value
+        if _ours(mine):
+            # OpenAI's training loop puts averaged weights into a state dict by the parameters' names; they count.
+            mine = {key: value for key, value in mine.items() if key not in self.state_dict()}
+        else:
+            mine = to_ours(mine, self.config, self.use_new_attention_order)
+        for key in [key for key in state_dict if key.startswith(prefix)]:
+            del state_dict[key]
+        state_dict.update({f"{prefix}{key}": value for key, value in mine.items()})
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 

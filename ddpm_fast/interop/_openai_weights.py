@@ -11,16 +11,9 @@ import torch
 from torch import Tensor
 
 from ..nn import DDPMUNet
-from ._openai_flags import (
-    CLASS,
-    check_flags,
-    check_names,
-    ddpm_arguments,
-    heads_of,
-    shape_of,
-    shape_of_weights,
-)
+from ._openai_flags import check_flags, check_names, heads_of, typed
 from ._openai_keys import to_ours, to_theirs
+from ._openai_shape import CLASS, ddpm_arguments, shape_of, shape_of_weights
 from ._openai_unet import UNetModel
 from ._unets import fill
 from ._weights import State, check_state, read_file
@@ -86,6 +79,7 @@ def _built(
     flags: Mapping[str, Any],
 ) -> DDPMUNet:
     check_names(flags)
+    flags = {name: typed(name, value) for name, value in flags.items()}
     if not isinstance(state, Mapping):
         raise ValueError(f"{source} must hold a state dict, tensors by name, got {type(state).__name__}")
     shape = shape_of_weights(dict(state), source)
@@ -95,7 +89,7 @@ def _built(
             f"{source} takes {shape.in_channels} channels and gives {shape.out_channels}; a {CLASS} for sampling gives "
             "as many, or with learn_sigma twice as many"
         )
-    new_order = bool(flags.get("use_new_attention_order", False))
+    new_order = flags.get("use_new_attention_order", False)
     sides = {"image_size": flags.get("image_size"), "dropout": flags.get("dropout", 0.0)}
     config = ddpm_arguments(shape, heads_of(flags), **sides)
     with torch.device("meta"):

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from ..training.files import reason
 
 STEM = "diffusion_pytorch_model"
 KINDS = ("safetensors", "bin")
@@ -130,19 +131,15 @@ def read_file(path: Path) -> State:
         try:
             state = library.torch.load_file(path, device="cpu")
         except (library.SafetensorError, OSError, RuntimeError, ValueError) as error:
-            raise ValueError(f"{path} is cut off or no safetensors file: {_first_line(error)}") from None
+            raise ValueError(f"{path} is cut off or no safetensors file: {reason(error)}") from None
     else:
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
-        except (pickle.UnpicklingError, EOFError, OSError, RuntimeError, ValueError, KeyError) as error:
-            raise ValueError(f"{path} is cut off or holds something other than weights: {_first_line(error)}") from None
+        except Exception as error:  # rubbish makes the restricted unpickler raise almost anything
+            raise ValueError(f"{path} is cut off or holds something other than weights: {reason(error)}") from None
     if not isinstance(state, Mapping):
         raise ValueError(f"{path} must hold a state dict, tensors by name, got {type(state).__name__}")
     return dict(state)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _read_shards(index: Path) -> State:

@@ -153,7 +153,7 @@ class LinearAttention(nn.Module):
         context = k.softmax(dim=-1) @ v.transpose(-1, -2) * self.scale  # (N, heads, d of k, d of v)
         h = context.transpose(-1, -2) @ q.softmax(dim=-2)
         project, norm = self.to_out
-        y: Tensor = norm(project(h.reshape(n, -1, height, width)), residual=x)
+        y: Tensor = norm(project(h.reshape(n, self.to_qkv.out_channels // 3, height, width)), residual=x)
         return y
 
 
@@ -178,7 +178,7 @@ class Attention(nn.Module):
         k, v = torch.cat([memory_k, k], dim=-2), torch.cat([memory_v, v], dim=-2)
         # The fast kernels want a token's values side by side.
         h = F.scaled_dot_product_attention(q.contiguous(), k.contiguous(), v.contiguous())
-        y: Tensor = self.to_out(h.transpose(-1, -2).reshape(n, -1, height, width)) + x
+        y: Tensor = self.to_out(h.transpose(-1, -2).reshape(n, self.to_qkv.out_channels // 3, height, width)) + x
         return y
 
 
@@ -187,6 +187,14 @@ class Down(nn.Sequential):
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__(nn.PixelUnshuffle(2), nn.Conv2d(4 * in_channels, out_channels, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, channels, height, width = x.shape
+        if not n:  # PyTorch's PixelUnshuffle leaves an empty batch in its old shape
+            y: Tensor = self[1](x.reshape(0, 4 * channels, height // 2, width // 2))
+            return y
+        y = super().forward(x)
+        return y
 
 
 class Up(nn.Sequential):

@@ -73,8 +73,8 @@ def conditioned(
     dtype = torch.float64 if h.dtype == torch.float64 else torch.float32
     if scale is not None:
         factor = scale.to(dtype) + 1
-        weight = factor if weight is None else factor * weight.to(dtype)
-        beta = None if beta is None else factor * beta.to(dtype)
+        weight = factor if weight is None else factor * weight  # in float32, which factor is
+        beta = None if beta is None else factor * beta
     if shift is not None:
-        beta = shift.to(dtype) if beta is None else beta.to(dtype) + shift.to(dtype)
+        beta = shift if beta is None else beta.to(dtype) + shift
     return weight, beta

@@ -29,7 +29,9 @@ def both_rms_norms(
     # A place of one channel has a gradient of 0, the difference of terms of size 1 / |h|.
     no_g_h = missing == "g_h" or data.channels == 1
     sums = [data.output(count=of_channels, tolerance=2e-5 * (1 + data.inner**0.5)) for _ in range(2)]
-    workspace = Buffer(2 * parts * of_channels, "float32", tolerance=1e30)
+    # Parts without a place leave in it what was there, which must not be added.
+    left = np.full(2 * parts * of_channels, 1e6, np.float32)
+    workspace = Buffer(left.size, "float32", left, tolerance=1e30)
     both(
         "rms_norm_silu_backward",
         *(*common, data.array(dtype), code(dtype), 0 if no_g_h else data.output(dtype, tolerance=close)),
@@ -99,3 +101,17 @@ def test_an_infinite_gradient_stays_in_its_place() -> None:
     assert np.isfinite(np.delete(g_h.reshape(64, 64), 1, 0)).all()
     assert np.isinf(sums[:, 13]).all()
     assert np.isfinite(np.delete(sums, 13, 1)).all()
+
+
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("misaligned", range(7))
+def test_one_misaligned_array_is_enough(misaligned: int, last: bool) -> None:
+    """The sanitizer sees a wide access to it."""
+    data = Data((2, 8, 16), last, 0)
+    h, residual, g = data.array(), data.array(), data.array()
+    weight, beta = data.array(count=8), data.array(count=16)
+    y, g_h = data.output(tolerance=2e-5), data.output(tolerance=2e-5)
+    (h, weight, beta, residual, y, g, g_h)[misaligned].shift = 1
+    common = [*data.shape, h, 0, weight, 0, False, beta, 0, True, 1e-12, True]
+    both("rms_norm_silu", *common, residual, y)
+    both("rms_norm_silu_backward", *common, g, 0, g_h, 0, 0, 1, 0)

@@ -186,7 +186,7 @@ void Convolution::gather_image(const Run& run, int64_t first, int64_t count, flo
     const int64_t n = (first + i / 4) / (rows_ * columns_), window = (first + i / 4) % (rows_ * columns_);
     const int64_t y = window / columns_ * 2 + i % 4 / 2, x = window % columns_ * 2 + i % 2;
     const bool inside = y > 0 && x > 0 && y + 1 < h && x + 1 < w;
-    const float* centre = run.x + (n * sizes_.in * h + y) * w + x;
+    const float* centre = run.image(n, sizes_.in * h * w) + y * w + x;
     for (int64_t c = 0; c < sizes_.in; ++c, centre += h * w)
       for (int64_t dy = -1; dy <= 1; ++dy, rows += 3)
         for (int64_t dx = -1; dx <= 1; ++dx)
@@ -207,7 +207,7 @@ void Convolution::gather_lines(const Run& run, int64_t first, int64_t count, cha
     together = std::min(count - i, columns_ - x / 2);
     const int64_t bytes = line_elements(together, c) * bytes_;
     for (int64_t line = 0; line < kLines; ++line)
-      copy_line(run.x + n * c * sizes_.h * sizes_.w, y + line - 3, x - 3, 2 * together + 6, lines + line * bytes);
+      copy_line(run.image(n, c * sizes_.h * sizes_.w), y + line - 3, x - 3, 2 * together + 6, lines + line * bytes);
     for (int64_t ky = 0; ky < 7; ++ky)
       for (int64_t q = 0; q < 4 * together; ++q)
         rows[(ky * count + i) * 4 + q] = lines + (ky + q % 4 / 2) * bytes + (q / 4 * 2 + q % 2) * c * bytes_;

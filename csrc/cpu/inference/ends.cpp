@@ -155,7 +155,7 @@ void Output::work(int64_t item, const Run& run, char* scratch) const {
     for (int64_t c = 0; c < std::min(width, sizes_.out - channel); ++c)
       for (int64_t j = 0; j < m; ++j) {
         const int64_t n = (first + j) / plane, at = (first + j) % plane;
-        run.out[(n * sizes_.out + channel + c) * plane + at] = g.c[j * width + c] + bias_[channel + c];
+        run.result(n, sizes_.out * plane)[(channel + c) * plane + at] = g.c[j * width + c] + bias_[channel + c];
       }
   }
 }

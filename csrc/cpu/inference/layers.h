@@ -21,10 +21,17 @@ struct Run {
   const int64_t* label_rows = nullptr;
   int64_t columns = 0;  // of both tables
 
-  // An image's row of the time table, and of the label table: null where there is none.
-  const float* times(int64_t image) const { return time_table + time_rows[image * time_rows_stride] * columns; }
-  const float* labels(int64_t image) const {
-    return label_table == nullptr ? nullptr : label_table + label_rows[image] * columns;
+  int64_t first = 0;  // of the images: what a layer calls image 0
+
+  // An image of `elements` floats, where its result goes, and its row of the time table and of the label table: null
+  // where there is none.
+  const float* image(int64_t index, int64_t elements) const { return x + (first + index) * elements; }
+  float* result(int64_t index, int64_t elements) const { return out + (first + index) * elements; }
+  const float* times(int64_t index) const {
+    return time_table + time_rows[(first + index) * time_rows_stride] * columns;
+  }
+  const float* labels(int64_t index) const {
+    return label_table == nullptr ? nullptr : label_table + label_rows[first + index] * columns;
   }
 };
 

@@ -42,8 +42,11 @@ struct alignas(64) Phase {
 
 class Execution {
  public:
-  Execution(const std::vector<std::unique_ptr<Layer>>& layers, const std::vector<int64_t>& items, const Run& run)
-      : layers_(layers), items_(items), run_(run), phases_(layers.size()) {
+  Execution(
+      const std::vector<std::unique_ptr<Layer>>& layers, const std::vector<int64_t>& items,
+      const std::vector<int64_t>& firsts, const Run& run
+  )
+      : layers_(layers), items_(items), firsts_(firsts), run_(run), phases_(layers.size()) {
     for (const auto& layer : layers)
       if (layer->kernels().begin != nullptr) set_up_.insert(&layer->kernels());
   }
@@ -73,8 +76,10 @@ class Execution {
 
  private:
   void work(size_t i, char* scratch) {
+    Run run = run_;
+    run.first = firsts_[i];
     for (int64_t item; (item = phases_[i].next.fetch_add(1, std::memory_order_relaxed)) < items_[i];) {
-      layers_[i]->work(item, run_, scratch);
+      layers_[i]->work(item, run, scratch);
       phases_[i].finished.fetch_add(1, std::memory_order_release);
     }
   }
@@ -90,6 +95,7 @@ class Execution {
 
   const std::vector<std::unique_ptr<Layer>>& layers_;
   const std::vector<int64_t>& items_;
+  const std::vector<int64_t>& firsts_;
   const Run& run_;
   std::vector<Phase> phases_;
   std::atomic<size_t> opened_{0};
@@ -113,7 +119,7 @@ void Program::run(Run run, int threads) {
       items_.push_back(layer->cut(threads));
     threads_ = threads;
   }
-  Execution execution(layers_, items_, run);
+  Execution execution(layers_, items_, firsts_, run);
   parallel_for(threads, threads, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const uintptr_t address = reinterpret_cast<uintptr_t>(scratch_[static_cast<size_t>(i)].get());
