@@ -9,7 +9,9 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -41,6 +43,8 @@ with torch.device("meta"):
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "no_poison: allocations are left alone (torch.compile traces them)")
     config.addinivalue_line("markers", "gpu: needs an NVIDIA GPU")
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a script's job in the background ignores Ctrl-C
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
 

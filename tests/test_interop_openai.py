@@ -383,7 +383,6 @@ def test_flags_may_be_text():
         ({"num_channels": "many"}, "num_channels must be a whole number, got 'many'"),
         ({"num_channels": 32.5}, r"num_channels must be a whole number, got 32\.5"),
         ({"num_heads": True}, "num_heads must be a whole number, got True"),
-        ({"image_size": None}, "image_size must be a whole number, got None"),
         ({"dropout": "a"}, "dropout must be a number, got 'a'"),
         ({"diffusion_steps": None}, "diffusion_steps must be a whole number, got None"),
     ],

@@ -1,4 +1,4 @@
-"""OpenAI's sampling and losses: `SpacedDiffusion` against the papers' formulas, in float64 but for the network."""
+"""OpenAI's sampling: `SpacedDiffusion` against the papers' formulas, in float64 but for the network."""
 
 import copy
 import pickle
@@ -6,13 +6,12 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from openai_process import LARGE, RANGE, SHAPE, SMALL, Net, T, by_formula, cosine, drawn, linear, tables
 from openai_unet import authority
 
 from ddpm_fast.interop import openai
 from ddpm_fast.interop.openai import (
-    LossType,
     ModelMeanType,
-    ModelVarType,
     SpacedDiffusion,
     create_gaussian_diffusion,
     from_openai,
@@ -20,80 +19,6 @@ from ddpm_fast.interop.openai import (
 )
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-T = 100
-RANGE, LARGE, SMALL = ModelVarType.LEARNED_RANGE, ModelVarType.FIXED_LARGE, ModelVarType.FIXED_SMALL
-SHAPE = (2, 3, 8, 8)
-
-
-class Net(torch.nn.Module):
-    """Something cheap that depends on all it is told, and remembers the times."""
-
-    def __init__(self, learned=False, classes=None):
-        super().__init__()
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            self.conv = torch.nn.Conv2d(3, 6 if learned else 3, 3, padding=1)
-            self.labels = None if classes is None else torch.nn.Embedding(classes, 1)
-        self.told = []
-
-    def forward(self, x, t, y=None):
-        self.told.append(t.clone())
-        shift = torch.sin(t.float() / 50)[:, None, None, None]
-        if y is not None:
-            shift = shift + self.labels(y)[..., None, None]
-        return torch.tanh(self.conv(x.float()) + shift).to(x.dtype)
-
-
-def tables(betas, kept):
-    """A, P and beta of the kept timesteps, ascending."""
-    A = np.cumprod(1.0 - betas)[kept]
-    P = np.append(1.0, A[:-1])
-    return A, P, 1.0 - A / P
-
-
-@torch.no_grad()
-def by_formula(model, betas, kept, x, noise, *, kind="ddpm", variance=LARGE, x0=False, clip=True, eta=0.0, y=None):
-    """Ho et al. 2020, eq. 7; Nichol & Dhariwal 2021, eq. 15; Song et al. 2020, eq. 12. noise: in the order of use."""
-    A, P, beta = tables(betas, kept)
-    x, kwargs = x.double(), {} if y is None else {"y": y}
-    for row, i in enumerate(reversed(range(len(kept)))):
-        m = model(x.float(), torch.full((len(x),), kept[i]), **kwargs).double()
-        m, v = m.chunk(2, dim=1) if variance is RANGE else (m, None)
-        data = m if x0 else (x - np.sqrt(1 - A[i]) * m) / np.sqrt(A[i])
-        data = data.clamp(-1, 1) if clip else data
-        z = noise[row].double() if i else torch.zeros_like(x)
-        if kind == "ddim":
-            sigma = eta * np.sqrt((1 - P[i]) / (1 - A[i]) * beta[i])
-            eps = (x - np.sqrt(A[i]) * data) / np.sqrt(1 - A[i])
-            x = np.sqrt(P[i]) * data + np.sqrt(max(1 - P[i] - sigma**2, 0)) * eps + sigma * z
-            continue
-        small = beta[i] * (1 - P[i]) / (1 - A[i])
-        if variance is RANGE:
-            low = np.log(small if i else beta[1] * (1 - P[1]) / (1 - A[1]))
-            logvar = (v + 1) / 2 * np.log(beta[i]) + (1 - v) / 2 * low
-        else:
-            logvar = torch.tensor(np.log(beta[i] if variance is LARGE or not i else small))
-        mean = np.sqrt(P[i]) * beta[i] / (1 - A[i]) * data + np.sqrt(A[i] / P[i]) * (1 - P[i]) / (1 - A[i]) * x
-        x = mean + torch.exp(logvar / 2) * z
-    return x
-
-
-def drawn(seed, rows):
-    """x_T and the noise of each row, as torch.randn gives them in turn."""
-    g = torch.Generator().manual_seed(seed)
-    return torch.randn(SHAPE, generator=g), [torch.randn(SHAPE, generator=g) for _ in range(rows)]
-
-
-def linear(steps):
-    return np.linspace(1e-4 * 1000 / steps, 0.02 * 1000 / steps, steps)
-
-
-def cosine(steps):
-    u = np.arange(steps + 1) / steps
-    signal = np.cos((u + 0.008) / 1.008 * np.pi / 2) ** 2
-    return np.minimum(1 - signal[1:] / signal[:-1], 0.999)
-
 
 # -- what is kept, and what the network is told ---------------------------------------------------------------------
 
@@ -314,107 +239,6 @@ def test_ddim_forwards_and_back():
     torch.testing.assert_close(back, x, rtol=0, atol=1e-4)
     with pytest.raises(ValueError, match="eta must be 0"):
         diffusion.ddim_reverse_sample(perfect, x, t, eta=0.1)
-
-
-# -- training ---------------------------------------------------------------------------------------------------------
-
-
-def kl(mean1, logvar1, mean2, logvar2):
-    p, q = (torch.distributions.Normal(m, torch.exp(v / 2)) for m, v in ((mean1, logvar1), (mean2, logvar2)))
-    return torch.distributions.kl_divergence(p, q)
-
-
-def bound_by_formula(diffusion, net, data, x_t, t, variance):
-    """The terms of the bound in bits, and the squared error of eps, in float64 but for the network."""
-    A, P, beta = tables(linear(T), diffusion.timestep_map)
-    terms = []
-    for n, i in enumerate(t.tolist()):
-        x, d = x_t[n : n + 1].double(), data[n : n + 1].double()
-        told = torch.tensor([diffusion.timestep_map[i]])
-        m = net(x_t[n : n + 1], told).double()
-        m, v = m.chunk(2, dim=1) if variance is RANGE else (m, None)
-        c1, c2 = np.sqrt(P[i]) * beta[i] / (1 - A[i]), np.sqrt(A[i] / P[i]) * (1 - P[i]) / (1 - A[i])
-        j = max(i, 1)
-        low = torch.tensor(np.log(beta[j] * (1 - P[j]) / (1 - A[j])))
-        if variance is RANGE:
-            logvar = (v + 1) / 2 * np.log(beta[i]) + (1 - v) / 2 * low
-        else:
-            logvar = torch.full_like(m, np.log(beta[i]) if i and variance is LARGE else float(low))
-        mean = c1 * (x - np.sqrt(1 - A[i]) * m) / np.sqrt(A[i]) + c2 * x
-        if i:
-            value = kl(c1 * d + c2 * x, low.expand_as(x), mean, logvar)
-        else:
-            cdf = lambda z: 0.5 * (1 + torch.tanh(np.sqrt(2 / np.pi) * (z + 0.044715 * z**3)))  # noqa: E731
-            above, below = (
-                cdf((d - mean + 1 / 255) / torch.exp(logvar / 2)),
-                cdf((d - mean - 1 / 255) / torch.exp(logvar / 2)),
-            )
-            mass = torch.where(d < -0.999, above, torch.where(d > 0.999, 1 - below, above - below))
-            value = -torch.log(mass.clamp(min=1e-12))
-        terms.append(value.mean() / np.log(2))
-    return torch.stack(terms)
-
-
-@pytest.mark.parametrize("loss", list(LossType))
-@pytest.mark.parametrize("variance", [LARGE, SMALL, RANGE])
-def test_losses_by_formula(loss, variance):
-    kept = space_timesteps(T, "20")
-    given = {"betas": linear(T), "model_mean_type": ModelMeanType.EPSILON, "model_var_type": variance}
-    diffusion, net = SpacedDiffusion(kept, **given, loss_type=loss), Net(variance is RANGE)
-    data = (torch.randint(0, 256, (5, 3, 8, 8)) / 127.5 - 1).clamp(-1, 1)
-    data[0, :, 0, :2] = torch.tensor([-1.0, 1.0])
-    t, noise = torch.tensor([0, 1, 5, 12, 19]), torch.randn_like(data)
-    A = torch.tensor(diffusion.alphas_cumprod)[t].view(-1, 1, 1, 1)
-    x_t = (A.sqrt() * data + (1 - A).sqrt() * noise).float()
-    got = diffusion.training_losses(net, data, t, noise=noise)
-    with torch.no_grad():
-        bound = bound_by_formula(diffusion, net, data, x_t, t, variance)
-        told = torch.tensor(diffusion.timestep_map)[t]
-        mse = ((net(x_t, told)[:, :3] - noise).double() ** 2).mean(dim=(1, 2, 3))
-    close = {"rtol": 2e-4, "atol": 2e-5}
-    if loss in (LossType.KL, LossType.RESCALED_KL):
-        assert set(got) == {"loss"}
-        torch.testing.assert_close(got["loss"].double(), bound * (20 if loss is LossType.RESCALED_KL else 1), **close)
-        return
-    torch.testing.assert_close(got["mse"].double(), mse, **close)
-    if variance is not RANGE:
-        assert set(got) == {"mse", "loss"}
-        assert torch.equal(got["loss"], got["mse"])
-        return
-    vb = bound * (20 / 1000 if loss is LossType.RESCALED_MSE else 1)
-    torch.testing.assert_close(got["vb"].double(), vb, **close)
-    torch.testing.assert_close(got["loss"], got["mse"] + got["vb"])
-    # the bound trains the variance and leaves the prediction alone
-    got["vb"].sum().backward()
-    assert float(net.conv.weight.grad[:3].abs().max()) == 0
-    assert float(net.conv.weight.grad[3:].abs().max()) > 0
-    net.zero_grad()
-    diffusion.training_losses(net, data, t, noise=noise)["loss"].sum().backward()
-    assert float(net.conv.weight.grad[:3].abs().max()) > 0
-
-
-def test_bits_per_dimension_of_the_whole_process():
-    diffusion = create_gaussian_diffusion(steps=T, timestep_respacing="10")
-    data = torch.rand(2, 3, 8, 8) * 2 - 1
-    torch.manual_seed(0)
-    got = diffusion.calc_bpd_loop(Net(), data, clip_denoised=False)
-    assert {name: tuple(v.shape) for name, v in got.items()} == {
-        **dict.fromkeys(("total_bpd", "prior_bpd"), (2,)), **dict.fromkeys(("vb", "xstart_mse", "mse"), (2, 10))
-    }  # fmt: skip
-    torch.testing.assert_close(got["total_bpd"], got["vb"].sum(1) + got["prior_bpd"])
-    torch.manual_seed(0)
-    t = torch.full((2,), 9)
-    noise = torch.randn_like(data)
-    bound = bound_by_formula(diffusion, Net(), data, diffusion.q_sample(data, t, noise), t, LARGE)
-    torch.testing.assert_close(got["vb"][:, 0].double(), bound.detach(), rtol=2e-4, atol=2e-5)
-    A = diffusion.alphas_cumprod[9]
-    prior = kl(
-        (np.sqrt(A) * data).double(), torch.tensor(np.log(1 - A)), torch.zeros(()).double(), torch.zeros(()).double()
-    )
-    torch.testing.assert_close(got["prior_bpd"].double(), prior.mean(dim=(1, 2, 3)) / np.log(2), rtol=1e-3, atol=1e-6)
-    mean, variance, logvar = diffusion.q_mean_variance(data, t)
-    torch.testing.assert_close(mean.double(), np.sqrt(A) * data.double(), rtol=0, atol=1e-6)
-    torch.testing.assert_close(variance, logvar.exp())
 
 
 # -- bad input --------------------------------------------------------------------------------------------------------

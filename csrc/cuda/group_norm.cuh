@@ -9,7 +9,8 @@
 
 #include "columns.cuh"
 
-namespace ddpm_fast {
+// Of its own: the other norm has a Division and a Share, too.
+namespace ddpm_fast::group_norm {
 
 enum class Phase { whole, sums, apply };
 
@@ -149,4 +150,4 @@ Status launch_phases(const GroupNormSiluArgs& args, const LaunchPhase& launch_ph
   return status.ok() ? launch_phase(Phase::apply) : status;
 }
 
-}  // namespace ddpm_fast
+}  // namespace ddpm_fast::group_norm

@@ -10,6 +10,8 @@
 namespace ddpm_fast {
 namespace {
 
+using namespace group_norm;
+
 // Of a channel: the sums of g_u, g_u d and d.
 struct ChannelSums {
   float g, gd, d;

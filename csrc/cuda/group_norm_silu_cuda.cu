@@ -7,6 +7,8 @@
 namespace ddpm_fast {
 namespace {
 
+using namespace group_norm;
+
 // Of v = h + bias + temb over a group or a part of it: the mean, and the sum of the squares about it.
 struct Moments {
   float mean, squares;

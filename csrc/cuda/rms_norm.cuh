@@ -9,7 +9,8 @@
 
 #include "columns.cuh"
 
-namespace ddpm_fast {
+// Of its own: the other norm has a Division and a Share, too.
+namespace ddpm_fast::rms_norm {
 
 constexpr uint32_t kTile = 32;           // contiguous: places of a tile
 constexpr int64_t kTileElements = 4096;  // channels_last: elements of a tile,
@@ -155,4 +156,4 @@ inline bool in_packs(const RmsNormSiluArgs& args, int n) {
   return !runs_across(args.shape) || (aligned(args.weight, n) && aligned(args.beta, n));
 }
 
-}  // namespace ddpm_fast
+}  // namespace ddpm_fast::rms_norm

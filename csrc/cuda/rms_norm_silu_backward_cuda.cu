@@ -9,6 +9,8 @@
 namespace ddpm_fast {
 namespace {
 
+using namespace rms_norm;
+
 // g_u and xhat of a pack; factor_of(j), weight_of(j), beta_of(j): of its j-th element.
 template <typename T, int N>
 struct Gradients {

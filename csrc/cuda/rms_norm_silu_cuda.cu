@@ -4,6 +4,8 @@
 namespace ddpm_fast {
 namespace {
 
+using namespace rms_norm;
+
 // act(h factor weight + beta) + residual of a pack, to y; factor_of(j), weight_of(j), beta_of(j): of its j-th element.
 template <typename T, int N, typename FactorOf, typename WeightOf, typename BetaOf>
 __device__ void normalize(
