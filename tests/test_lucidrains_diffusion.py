@@ -320,6 +320,7 @@ class TestBadInput:
         [
             ({"objective": "eps"}, "objective must be one of pred_noise, pred_x0, pred_v, got 'eps'"),
             ({"beta_schedule": "quad"}, "beta_schedule must be one of linear, cosine, sigmoid, got 'quad'"),
+            ({"beta_schedule": ["linear"]}, r"beta_schedule must be one of .*, got \['linear'\]"),
             ({"loss_type": "mse"}, "loss_type must be one of l2, l1, huber, got 'mse'"),
             ({"schedule_fn_kwargs": {"s": 1}}, "schedule_fn_kwargs: 'sigmoid' takes start, end, tau, clamp_min, got s"),
             ({"beta_schedule": "linear", "schedule_fn_kwargs": {"s": 1}}, "'linear' takes none, got s"),

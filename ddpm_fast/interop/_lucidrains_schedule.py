@@ -25,8 +25,10 @@ SAME = 1e-6
 
 def schedule_of(name: str, timesteps: int, options: Mapping[str, Any]) -> Schedule:
     """The schedule of T timesteps by lucidrains' name for it; linear betas are scaled by 1000 / T, as there."""
-    if name not in SCHEDULES:
+    if not isinstance(name, str) or name not in SCHEDULES:
         raise ValueError(f"beta_schedule must be one of {', '.join(SCHEDULES)}, got {name!r}")
+    if not isinstance(options, Mapping):
+        raise TypeError(f"schedule_fn_kwargs must be a mapping of option to value, got {options!r}")
     ours, known = SCHEDULES[name]
     unknown = [option for option in options if option not in known]
     if unknown:
