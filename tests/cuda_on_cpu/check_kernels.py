@@ -39,7 +39,7 @@ STEPS = 4
 
 
 def layouts() -> Iterator[Any]:
-    """(shape, last, shift, dtype): every dtype as it comes, two channels last or misaligned, one in turn that is both."""
+    """(shape, last, shift, dtype): all dtypes as they come, two channels last or misaligned, one that is both."""
     for i, shape in enumerate(SHAPES):
         for last, shift in itertools.product((False, True), (0, 1)):
             for dtype in (FLOATS[(i + k) % 3] for k in range(last + shift, 3)):
