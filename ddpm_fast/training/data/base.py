@@ -121,13 +121,12 @@ def kind(x: Any) -> str:
 
 def as_images(images: Any) -> Tensor:
     """A contiguous CPU tensor (N, ...), uint8 or floating."""
-    if not isinstance(images, Tensor):
-        images = tensor_of(images, "images")
-    images = images.detach().cpu().contiguous()
-    if images.dim() < 2 or 0 in images.shape:
-        raise ValueError(f"images must have shape (N, ...) with nothing of size 0, got {tuple(images.shape)}")
-    batch_dtype(images.dtype)
-    return images
+    tensor = images if isinstance(images, Tensor) else tensor_of(images, "images")
+    tensor = tensor.detach().cpu().contiguous()
+    if tensor.dim() < 2 or 0 in tensor.shape:
+        raise ValueError(f"images must have shape (N, ...) with nothing of size 0, got {tuple(tensor.shape)}")
+    batch_dtype(tensor.dtype)
+    return tensor
 
 
 def tensor_of(x: Any, name: str) -> Tensor:
