@@ -23,6 +23,7 @@ from .checkpoint_file import (
     read,
     read_header,
     remove_temporaries,
+    whole,
     write,
 )
 from .tensor_file import BrokenFile
@@ -43,6 +44,7 @@ __all__ = [
     "read",
     "read_header",
     "remove_temporaries",
+    "whole",
     "write",
 ]
 
