@@ -36,7 +36,7 @@ def noticed() -> Iterator[Stops]:
             raise KeyboardInterrupt
         stops.asked = signal.Signals(number).name
 
-    defaults = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+    defaults: dict[signal.Signals, Any] = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
     ours = []
     if threading.current_thread() is threading.main_thread():
         ours = [number for number, handler in defaults.items() if signal.getsignal(number) is handler]
@@ -70,7 +70,7 @@ class RunFolder:
             return found
         if any(self.folder.glob("*.safetensors")):
             raise ValueError(
-                f"none of the checkpoints in {self.folder} can be read (see the warnings); to start over, move them away"
+                f"none of the checkpoints in {self.folder} is whole (see the warnings); move them away to start over"
             )
         return None
 
@@ -102,9 +102,9 @@ def check_same(found: Checkpoint, now: Mapping[str, Any], betas: Tensor) -> None
     before = found.config
     wrong = _differences("network", before, now, inner="options")
     saved = found.tensors.get("schedule.betas")
-    if saved is None or not saved.shape == betas.shape or not bool((saved == betas).all()):
+    if saved is None or saved.shape != betas.shape or not bool((saved == betas).all()):
         wrong.append(f"schedule was {before.get('schedule', {}).get('label')}, is {now['schedule']['label']}")
-    wrong += _differences("training", before, now) + _differences("data", before, now, ignored=("name",))
+    wrong += _differences("training", before, now) + _differences("data", before, now, ignored="name")
     if wrong:
         raise ValueError(
             f"{found.path} is of another run: {'; '.join(wrong)}. Go on with what it was trained with, or train in "
@@ -126,7 +126,7 @@ def _differences(
         a, b = old.get(name, _MISSING), new.get(name, _MISSING)
         if name == inner and isinstance(a, dict) and isinstance(b, dict):
             wrong += _differences(part, {part: a}, {part: b})
-        elif name not in ignored and _plain(a) != _plain(b):
+        elif name != ignored and _plain(a) != _plain(b):
             label = name if part == "training" else f"{part} {name}"
             wrong.append(f"{label} was {_word(a)}, is {_word(b)}")
     return wrong
