@@ -1,0 +1,6 @@
+"""Data to train on: what training asks of it, and where it comes from."""
+
+from .base import Data, TensorData, as_data
+from .prefetch import prefetch
+
+__all__ = ["Data", "TensorData", "as_data", "prefetch"]
