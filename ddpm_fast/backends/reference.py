@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from ddpm_fast import noise as spec
+from ddpm_fast.backends.reference_batch_norm import batch_norm_silu as batch_norm_silu
+from ddpm_fast.backends.reference_batch_norm import batch_norm_silu_backward as batch_norm_silu_backward
 from ddpm_fast.backends.reference_math import _clip, _compute_dtype, _into, _per_channel, exp, silu, silu_grad
 from ddpm_fast.backends.reference_norm import group_norm_silu as group_norm_silu
 from ddpm_fast.backends.reference_norm import group_norm_silu_backward as group_norm_silu_backward

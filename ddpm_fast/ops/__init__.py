@@ -17,11 +17,14 @@ from torch import Tensor
 from ddpm_fast.noise import STREAM_TRAIN_NOISE, make_rng
 from ddpm_fast.ops import _checks as check
 from ddpm_fast.ops import _schema as _schema  # declares the ops
+from ddpm_fast.ops._add_bias_temb import add_bias_temb
+from ddpm_fast.ops._batch_norm import batch_norm_silu
 from ddpm_fast.ops._group_norm import group_norm_silu
 from ddpm_fast.ops._rms_norm import rms_norm_silu
 
 __all__ = [
     "add_bias_temb",
+    "batch_norm_silu",
     "ddpm_step",
     "group_norm_silu",
     "noise_mse",
@@ -35,7 +38,6 @@ __all__ = [
 _normal = torch.ops.ddpm_fast.normal.default
 _random_bits = torch.ops.ddpm_fast.random_bits.default
 _q_sample = torch.ops.ddpm_fast.q_sample.default
-_add_bias_temb = torch.ops.ddpm_fast.add_bias_temb.default
 _ddpm_step = torch.ops.ddpm_fast.ddpm_step.default
 _noise_mse = torch.ops.ddpm_fast.noise_mse.default
 _BYTES_TOO = (*check.FLOATS, torch.uint8)
@@ -204,35 +206,6 @@ def q_sample(
         raise TypeError(f"float64 is for float64 x0 only: x0 is {x0.dtype}, dtype is {out_dtype}")
     x_t, y = _q_sample(x0, t, table, noise, rng, stream, float(offset_noise), wanted, out_dtype)
     return x_t if wanted == "none" else (x_t, y)
-
-
-# ---- add_bias_temb -------------------------------------------------------------------------------------------------
-
-
-def add_bias_temb(
-    h: Tensor, bias: Tensor | None = None, temb: Tensor | None = None, *, act: Literal["silu"] | None = None
-) -> Tensor:
-    """y = act(h + bias[c]) + temb[n, c]: convolution bias, activation and time embedding in one pass.
-
-    Args:
-        h: (N, C, ...).
-        bias: (C,), optional.
-        temb: (N, C), optional.
-        act: None (identity) or "silu" (within 3 ulp of float64).
-
-    Returns:
-        Like h, in its dtype and memory format. Differentiable in h, bias and temb. bias and temb may have other float
-        dtypes than h; the sum is float32 and rounded once.
-    """
-    images = check.Images("h", h)
-    floats = check.FLOATS if h.dtype == torch.float64 else check.STORED
-    if bias is not None:
-        images.with_device("bias", bias, images.shape[1:2], floats)
-    if temb is not None:
-        images.with_device("temb", temb, images.shape[:2], floats)
-    check.choice("act", act, (None, "silu"))
-    y: Tensor = _add_bias_temb(h, bias, temb, act or "none")
-    return y
 
 
 # ---- ddpm_step -----------------------------------------------------------------------------------------------------

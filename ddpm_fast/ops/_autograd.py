@@ -63,6 +63,34 @@ def _like(sums: Tensor, value: Tensor) -> Tensor:
     return (sums.sum(0) if value.dim() == 1 else sums).to(value.dtype)
 
 
+def _batch_norm_silu_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    h, temb, weight, bias, running_mean, _running_var, eps, act = inputs
+    _, mean, var = output
+    ctx.save_for_backward(h, weight, bias, mean, var)
+    ctx.rest = (running_mean is None, eps, act)
+    ctx.temb_dtype = None if temb is None else temb.dtype
+    ctx.mark_non_differentiable(mean, var)
+    ctx.set_materialize_grads(False)
+
+
+def _batch_norm_silu_backward(ctx: Any, g: Tensor | None, *_: None) -> tuple[Any, ...]:
+    h, weight, bias, mean, var = ctx.saved_tensors
+    need_h, need_temb, need_weight, need_bias = ctx.needs_input_grad[:4]
+    need_temb = need_temb and ctx.temb_dtype is not None
+    if g is None or not any((need_h, need_temb, need_weight, need_bias)):
+        return (None,) * 8
+    g_h, g_temb, d_weight, d_bias = _ops.batch_norm_silu_backward.default(
+        g, h, weight, bias, mean, var, *ctx.rest, need_h, need_temb
+    )
+    return (
+        g_h if need_h else None,
+        g_temb.to(ctx.temb_dtype) if need_temb else None,
+        d_weight.to(weight.dtype) if need_weight and weight is not None else None,
+        d_bias.to(bias.dtype) if need_bias and bias is not None else None,
+        *(None,) * 4,
+    )
+
+
 def _group_norm_silu_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     *tensors, num_groups, _eps, act = inputs
     _, mean, rstd = output
@@ -134,6 +162,7 @@ def register(library: torch.library.Library) -> None:
     for name, backward, context in (
         ("q_sample", _q_sample_backward, _q_sample_context),
         ("add_bias_temb", _add_bias_temb_backward, _add_bias_temb_context),
+        ("batch_norm_silu", _batch_norm_silu_backward, _batch_norm_silu_context),
         ("group_norm_silu", _group_norm_silu_backward, _group_norm_silu_context),
         ("rms_norm_silu", _rms_norm_silu_backward, _rms_norm_silu_context),
         ("noise_mse", _noise_mse_backward, _noise_mse_context),

@@ -32,6 +32,14 @@ SCHEMAS = {
         "(Tensor g, Tensor? h, Tensor? bias, str act, bool need_h, bool need_bias, bool need_temb) "
         "-> (Tensor g_h, Tensor gh_sum, Tensor g_sum)"
     ),
+    "batch_norm_silu": (
+        "(Tensor h, Tensor? temb, Tensor? weight, Tensor? bias, Tensor? running_mean, Tensor? running_var, float eps, "
+        "str act) -> (Tensor y, Tensor mean, Tensor var)"
+    ),
+    "batch_norm_silu_backward": (
+        "(Tensor g, Tensor h, Tensor? weight, Tensor? bias, Tensor mean, Tensor var, bool of_batch, float eps, "
+        "str act, bool need_h, bool need_temb) -> (Tensor g_h, Tensor g_temb, Tensor d_weight, Tensor d_bias)"
+    ),
     "group_norm_silu": (
         "(Tensor h, Tensor? bias, Tensor? temb, Tensor? weight, Tensor? beta, int num_groups, float eps, str act) "
         "-> (Tensor y, Tensor mean, Tensor rstd)"
@@ -127,6 +135,20 @@ def _fake_add_bias_temb_backward(
     )
 
 
+def _fake_batch_norm_silu(h: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = torch.float64 if h.dtype == torch.float64 else torch.float32
+    mean, var = (h.new_empty(h.shape[1:2], dtype=dtype) for _ in range(2))
+    return torch.empty_like(h), mean, var
+
+
+def _fake_batch_norm_silu_backward(g: Tensor, h: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    need_h, need_temb = rest[-2:]
+    dtype = torch.float64 if h.dtype == torch.float64 else torch.float32
+    d_weight, d_bias = (h.new_empty(h.shape[1:2], dtype=dtype) for _ in range(2))
+    g_temb = h.new_empty(h.shape[:2], dtype=dtype) if need_temb else _nothing(g)
+    return torch.empty_like(h) if need_h else _nothing(g), g_temb, d_weight, d_bias
+
+
 def _fake_group_norm_silu(
     h: Tensor,
     bias: Tensor | None,
@@ -179,6 +201,8 @@ FAKES: dict[str, Callable[..., Any]] = {
     "q_sample_backward": _fake_q_sample_backward,
     "add_bias_temb": _fake_add_bias_temb,
     "add_bias_temb_backward": _fake_add_bias_temb_backward,
+    "batch_norm_silu": _fake_batch_norm_silu,
+    "batch_norm_silu_backward": _fake_batch_norm_silu_backward,
     "group_norm_silu": _fake_group_norm_silu,
     "group_norm_silu_backward": _fake_group_norm_silu_backward,
     "rms_norm_silu": _fake_rms_norm_silu,
