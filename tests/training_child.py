@@ -2,9 +2,9 @@
 
     python training_child.py FOLDER SEED
 
-trains once without interruption into FOLDER/whole, and once into FOLDER/killed, where one life after the other ends with
-SIGKILL at moments drawn from SEED: some after a random number of steps, some inside a save. It prints what happened,
-as JSON. The lives are forks of one process, which has torch imported and has never used a second thread.
+trains once without interruption into FOLDER/whole, and once into FOLDER/killed, where one life after the other ends
+with SIGKILL at moments drawn from SEED: some after a random number of steps, some inside a save. It prints what
+happened, as JSON. The lives are forks of one process, which has torch imported and has never used a second thread.
 """
 
 from __future__ import annotations

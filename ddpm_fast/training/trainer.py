@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from ..noise import make_rng
 from ..sampler import Sampler
 from ..schedule import Schedule
-from . import build, learning_rate, streams
+from . import build, checkpoints, learning_rate, streams
 from .data import as_data, prefetch
 from .generators import lent
 from .loop import check_precision, uninterrupted
+from .resume import RunFolder, config_of, noticed, open_run, take
 from .settings import Settings
 from .state import load_network_state, load_optimizer_state, network_state, optimizer_state
 from .update import Update
@@ -62,9 +63,8 @@ class Trainer:
         accumulate: micro-batches a step.
         max_grad_norm: the gradient is scaled down to this norm; None leaves it.
         precision: None (as the model is), "bf16" or "fp16" (CUDA; the loss is scaled): autocast.
-        ema, ema_power: the average of the weights: decay min(ema, 1 - (1 + n)^-ema_power) at step n, so that it does not
-            hold on to the beginning (ema_power=None: ema from the first step on). ema=None: no average. Buffers are
-            copied.
+        ema, ema_power: the average of the weights: decay min(ema, 1 - (1 + n)^-ema_power) at step n, so that it does
+            not hold on to the beginning (ema_power=None: ema at once). ema=None: no average. Buffers are copied.
         channels_last: memory format of the network and its images (N, C, H, W).
         compile: torch.compile the network.
         sync_batchnorm: batch statistics over all processes; otherwise they are each micro-batch's own.
@@ -157,22 +157,36 @@ class Trainer:
         self._rng = make_rng(seed, 0, self.device)
         self._position = self._rng[1]  # of the first image of a micro-batch, written without waiting for the device
         self._batches: Iterator[Tensor] | None = None
+        self._config = config_of(self.model, schedule, self.settings, self.data, self.optimizer, optimizer is not None)
+        self._run = None if self.out is None else RunFolder(self.out, keep, save_every)
+        if self._run is not None:
+            open_run(self, self._run, self._config)
 
     # -- training -----------------------------------------------------------------------------------------------------
 
     def train(self, until: int | None = None) -> None:
-        """Steps until `images` (or `until`, if that is less) images have been seen.
+        """Steps until `images` (or `until`, if that is less) images have been seen; saves from time to time and then.
 
-        Ctrl-C takes effect between two steps (a second one at once): everything then belongs together, and `train` goes
-        on from there. FloatingPointError names the step whose loss or gradient was not finite.
+        SIGTERM and Ctrl-C wait until the step is taken and saved; then `stopped` names the signal, and after Ctrl-C
+        KeyboardInterrupt follows. A second Ctrl-C takes effect at once, and what was saved before is kept. Raises
+        FloatingPointError, naming the step and the last checkpoint, if the loss or gradient was not finite; OSError if
+        a checkpoint cannot be written: nothing in memory or on the disk is lost, and `save` may be tried again.
         """
         goal = self.settings.images if until is None else min(until, self.settings.images)
+        self.stopped = None
         self._call("on_start")
         try:
-            while self.images_seen < goal:
-                self.step()
+            with noticed() as stops:
+                while self.images_seen < goal and stops.asked is None:
+                    self.step()
+                    self._save_if_due()
+                if self._run is not None and not self._run.is_saved(self.images_seen):
+                    self.save()
+            self.stopped = stops.asked
         finally:
             self._call("on_end")
+        if self.stopped == "SIGINT":
+            raise KeyboardInterrupt
 
     def step(self) -> float:
         """One step of the optimiser; the loss, mean over the batch.
@@ -243,9 +257,11 @@ class Trainer:
         return factor * self._base_lrs[0]
 
     def _diverged(self, error: FloatingPointError) -> str:
+        last = None if self._run is None else self._run.last
         return (
-            f"training stopped at step {self.steps_done + 1} (after {self.images_seen} images): {error}; the weights are "
-            f"those of step {self.steps_done}. Try a lower lr, warmup, or bf16 instead of fp16"
+            f"training stopped at step {self.steps_done + 1} (after {self.images_seen} images): {error}; the weights "
+            f"are those of step {self.steps_done}{'' if last is None else f', the last checkpoint is {last}'}. Try a "
+            "lower lr, warmup, or bf16 instead of fp16"
         )
 
     def _call(self, event: str, *arguments: Any) -> None:
@@ -278,6 +294,31 @@ class Trainer:
         if self.device.type != "cuda":
             return tensor.to(self.device)
         return tensor.pin_memory().to(self.device, non_blocking=True)
+
+    # -- checkpoints ---------------------------------------------------------------------------------------------------
+
+    def save(self) -> Path:
+        """Writes a checkpoint into the run's folder, OUT/checkpoints; its path. The oldest beyond `keep` go.
+
+        Raises ValueError without `out`, and OSError if it cannot be written: those that are there stay.
+        """
+        if self._run is None:
+            raise ValueError("this Trainer has no folder to save in; give it one: Trainer(..., out=)")
+        path = self._run.write(*self.state(), self._config)
+        self._call("on_save", path)
+        return path
+
+    def load(self, path: str | os.PathLike[str]) -> None:
+        """Goes on from a checkpoint: a file, or the newest whole one in a run's folder.
+
+        Raises FileNotFoundError; ValueError for a broken file, and for one of another model, data or settings that
+        decide the result. Then nothing has changed.
+        """
+        take(self, checkpoints.read(checkpoints.find(path)), self._config)
+
+    def _save_if_due(self) -> None:
+        if self._run is not None and self._run.is_due(self.images_seen):
+            self.save()
 
     # -- what comes out -----------------------------------------------------------------------------------------------
 
