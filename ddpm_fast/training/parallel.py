@@ -1,0 +1,55 @@
+"""One network in several processes: each has a copy, and the copies' gradients are averaged as backward produces them."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from .processes import World
+from .sync_batchnorm import convert
+
+
+def parallel(model: nn.Module, world: World, *, compile: bool, sync_batchnorm: bool) -> Callable[..., Any]:
+    """What is called in `model`'s stead in training: itself, compiled if asked, and in several processes under
+    DistributedDataParallel. The slices of a batch are equal, so that the mean of the copies' gradients is the gradient
+    of the batch's mean loss.
+
+    Buffers are not exchanged: BatchNorm's running statistics are each process's own, and those of process 0 are saved,
+    unless sync_batchnorm makes them one, see `sync_batchnorm.convert`.
+    """
+    if sync_batchnorm and world.size > 1:
+        convert(model, world)
+    network: Any = torch.compile(model) if compile else model
+    if world.size == 1:
+        return network  # type: ignore[no-any-return]
+    with world.contact():
+        return nn.parallel.DistributedDataParallel(
+            network,
+            device_ids=[world.device.index] if world.device.type == "cuda" else None,
+            broadcast_buffers=False,
+            gradient_as_bucket_view=True,
+        )
+
+
+def averaging(network: Callable[..., Any], last: bool) -> contextlib.AbstractContextManager[Any]:
+    """The context of a micro-batch's forward and backward pass: the gradients are averaged after the step's last."""
+    if last or not isinstance(network, nn.parallel.DistributedDataParallel):
+        return contextlib.nullcontext()
+    return network.no_sync()
+
+
+def check_used(model: nn.Module) -> None:
+    """After a backward pass: ValueError naming parameters that had no part in it. The processes would wait for their
+    gradients in vain.
+    """
+    idle = [name for name, parameter in model.named_parameters() if parameter.requires_grad and parameter.grad is None]
+    if idle:
+        names = ", ".join(idle[:5]) + (f" and {len(idle) - 5} more" if len(idle) > 5 else "")
+        raise ValueError(
+            f"with several processes every parameter must have a part in the loss, and these have none: {names}; "
+            "freeze them (requires_grad_(False)) or take them out of the model"
+        )
