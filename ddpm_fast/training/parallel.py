@@ -1,4 +1,4 @@
-"""One network in several processes: each has a copy, and the copies' gradients are averaged as backward produces them."""
+"""One network in several processes: each has a copy, and the copies' gradients are averaged as backward makes them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 from .processes import World
-from .sync_batchnorm import convert
 
 
 def parallel(model: nn.Module, world: World, *, compile: bool, sync_batchnorm: bool) -> Callable[..., Any]:
@@ -22,6 +21,8 @@ def parallel(model: nn.Module, world: World, *, compile: bool, sync_batchnorm: b
     unless sync_batchnorm makes them one, see `sync_batchnorm.convert`.
     """
     if sync_batchnorm and world.size > 1:
+        from .sync_batchnorm import convert  # imports torch's compiler, which takes a second or two
+
         convert(model, world)
     network: Any = torch.compile(model) if compile else model
     if world.size == 1:
