@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".tiff", ".tif", ".bmp", ".webp")
 FITS = ("stretch", "crop", "pad")
@@ -109,7 +110,7 @@ def fitted(image: Any, size: Size, fit: str) -> Any:
     return whole
 
 
-def read(path: Path, size: Size, channels: int, fit: str) -> np.ndarray:
+def read(path: Path, size: Size, channels: int, fit: str) -> NDArray[np.uint8]:
     """uint8 (channels, H, W), channels 1 or 3, of a picture of any size and mode.
 
     Transparent parts are put on white, 16-bit grey is brought to 8 bits, orientation tags are followed. Raises one of
@@ -119,8 +120,8 @@ def read(path: Path, size: Size, channels: int, fit: str) -> np.ndarray:
         # JPEG only: decodes at 1/2, 1/4 or 1/8 where that is still twice what is needed, and several times faster.
         opened.draft(None, (2 * max(size), 2 * max(size)))
         image = fitted(_plain(pillow().ImageOps.exif_transpose(opened), channels), size, fit)
-        pixels: np.ndarray = np.array(image, dtype=np.uint8)
-    return pixels.reshape(*size, channels).transpose(2, 0, 1)
+        pixels = np.array(image, dtype=np.uint8).reshape(*size, channels)
+    return np.moveaxis(pixels, 2, 0)
 
 
 def header(path: Path) -> tuple[Size, bool]:
