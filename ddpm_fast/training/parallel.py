@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -27,13 +28,16 @@ def parallel(model: nn.Module, world: World, *, compile: bool, sync_batchnorm: b
     network: Any = torch.compile(model) if compile else model
     if world.size == 1:
         return network  # type: ignore[no-any-return]
+    wrapper: Any = nn.parallel.DistributedDataParallel
+    new_name = "forward_sync_buffers" in inspect.signature(wrapper).parameters  # torch 2.13
     with world.contact():
-        return nn.parallel.DistributedDataParallel(
+        network = wrapper(
             network,
             device_ids=[world.device.index] if world.device.type == "cuda" else None,
-            broadcast_buffers=False,
             gradient_as_bucket_view=True,
+            **{"forward_sync_buffers" if new_name else "broadcast_buffers": False},
         )
+    return network  # type: ignore[no-any-return]
 
 
 def averaging(network: Callable[..., Any], last: bool) -> contextlib.AbstractContextManager[Any]:

@@ -73,6 +73,12 @@ class World:
         Raises ValueError for variables that are missing or contradict each other, and for a GPU that is not there.
         """
         rank, size, local_rank = _identity(os.environ)
+        if size == 1 and os.environ.get("ACCELERATE_USE_CPU") == "True" and "MASTER_ADDR" in os.environ:
+            warnings.warn(
+                "accelerate launch --cpu starts one process on a machine, however many were asked for; use "
+                "torchrun --nproc-per-node N, or accelerate launch --multi_gpu --num_processes N",
+                stacklevel=2,
+            )
         world = cls(rank, size, local_rank, _device(device, local_rank, size))
         if size > 1:
             _join(world)
@@ -182,12 +188,6 @@ def _distributed() -> Any:
 def _identity(environment: Mapping[str, str]) -> tuple[int, int, int]:
     """(rank, size, local rank)."""
     if "RANK" not in environment and "WORLD_SIZE" not in environment:
-        if environment.get("ACCELERATE_USE_CPU") == "True" and "MASTER_ADDR" in environment:
-            warnings.warn(
-                "accelerate launch --cpu starts one process on a machine, however many were asked for; use "
-                "torchrun --nproc-per-node N, or accelerate launch --multi_gpu --num_processes N",
-                stacklevel=3,
-            )
         return 0, 1, 0
     numbers = {}
     for name, otherwise in (("WORLD_SIZE", None), ("RANK", None), ("LOCAL_RANK", environment.get("RANK"))):
