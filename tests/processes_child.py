@@ -25,7 +25,7 @@ from unet_configs import SMALL
 from ddpm_fast import Schedule
 from ddpm_fast.nn import DDPMUNet, UNet
 from ddpm_fast.training.data import TensorData
-from ddpm_fast.training.processes import LostContact, World, share
+from ddpm_fast.training.processes import World, share
 from ddpm_fast.training.trainer import Trainer
 
 # -- in the test ------------------------------------------------------------------------------------------------------
@@ -149,8 +149,9 @@ def trainer_for(name: str, rank: int, dtype: torch.dtype = torch.float64, **opti
     """The processes' networks begin with different weights: rank 0's count."""
     make, _, usual = TRAININGS[name]
     torch.manual_seed(rank)
+    data = options.pop("data", None) or data_for(name)
     given = {"images": BATCH * STEPS, "batch_size": BATCH, "seed": 3, "ema": 0.9, "lr": 1e-2, **usual, **options}
-    return Trainer(make().to(dtype), Schedule.linear(50), options.pop("data", None) or data_for(name), **given)
+    return Trainer(make().to(dtype), Schedule.linear(50), data, **given)
 
 
 def trained(world: World) -> dict[str, Any]:
@@ -216,7 +217,7 @@ def stops(world: World) -> dict[str, Any]:
     return {name: stop(world) for name, stop in STOPS.items()}
 
 
-def _trouble(rank: int, at: int, do: Callable[[], Tensor | None]) -> TensorData:
+def _trouble(world: World, rank: int, at: int, do: Callable[[], Tensor | None]) -> TensorData:
     """Data that do it in the process `rank` when it reads its batch number `at`."""
     data = Troubled(torch.rand(IMAGES, 6))
     reads = 0
@@ -224,7 +225,7 @@ def _trouble(rank: int, at: int, do: Callable[[], Tensor | None]) -> TensorData:
     def trouble(indices: Tensor) -> Tensor | None:
         nonlocal reads
         reads += 1
-        return do() if World.from_environment("cpu").rank == rank and reads == at else None
+        return do() if world.rank == rank and reads == at else None
 
     data.trouble = trouble
     return data
@@ -239,7 +240,7 @@ def _caught(act: Callable[[], Any]) -> str:
 
 
 def _not_finite(world: World) -> dict[str, Any]:
-    data = _trouble(1, 2, lambda: torch.full((BATCH // 2, 6), float("nan")))
+    data = _trouble(world, 1, 2, lambda: torch.full((BATCH // 2, 6), float("nan")))
     trainer = trainer_for("MLP", world.rank, data=data, workers=0)
     trainer.step()
     before = copy.deepcopy(trainer.model.state_dict())
@@ -251,7 +252,7 @@ def _not_finite(world: World) -> dict[str, Any]:
 
 def _signalled(number: signal.Signals) -> Callable[[World], dict[str, Any]]:
     def stop(world: World) -> dict[str, Any]:
-        data = _trouble(1, 2, lambda: os.kill(os.getpid(), number))
+        data = _trouble(world, 1, 2, lambda: os.kill(os.getpid(), number))
         trainer = trainer_for("MLP", world.rank, data=data, workers=0, images=100 * BATCH)
         error = _caught(trainer.train)
         return {"error": error, "stopped": trainer.stopped, "images_seen": trainer.images_seen}
@@ -272,7 +273,7 @@ def _lost(world: World) -> dict[str, Any]:
     def fail() -> None:
         raise OSError("no such picture")
 
-    trainer = trainer_for("MLP", world.rank, data=_trouble(1, 2, fail), workers=0)
+    trainer = trainer_for("MLP", world.rank, data=_trouble(world, 1, 2, fail), workers=0)
     started = time.perf_counter()
     return {"error": _caught(trainer.train), "seconds": time.perf_counter() - started}
 

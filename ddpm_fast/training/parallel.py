@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from .data import Data
 from .processes import World
+from .settings import Settings
 
 
 def parallel(model: nn.Module, world: World, *, compile: bool, sync_batchnorm: bool) -> Callable[..., Any]:
@@ -58,3 +60,18 @@ def check_used(model: nn.Module) -> None:
             f"with several processes every parameter must have a part in the loss, and these have none: {names}; "
             "freeze them (requires_grad_(False)) or take them out of the model"
         )
+
+
+def check_agreed(world: World, settings: Settings, data: Data) -> None:
+    """ValueError, in all processes, unless all were given the same settings and data; it names what differs."""
+    if world.size == 1:
+        return
+    ours = {**settings.deciding(), "images": settings.images, "accumulate": settings.accumulate}
+    ours["data"] = f"{len(data)} images, {data.fingerprint()}"
+    theirs = world.from_main(ours)
+    wrong = [
+        f"{name} is {value!r}, in process 0 {theirs[name]!r}" for name, value in ours.items() if value != theirs[name]
+    ]
+    if world.any(bool(wrong)):
+        found = "; ".join(wrong) if wrong else "another one says which"
+        raise ValueError(f"all processes must be given the same settings and data; in process {world.rank}: {found}")

@@ -14,7 +14,7 @@ from . import build, learning_rate, streams
 from .data import as_data, prefetch
 from .generators import lent
 from .loop import check_precision
-from .parallel import averaging, check_used, parallel
+from .parallel import averaging, check_agreed, check_used, parallel
 from .processes import World, share
 from .settings import Settings
 from .state import load_network_state, load_optimizer_state, network_state, optimizer_state
@@ -47,6 +47,7 @@ class Steps:
         self.world = World.from_environment(build.device_for(model, device))
         self.device = self.world.device
         settings.check_shares(self.world.size)
+        check_agreed(self.world, settings, self.data)
         check_precision(settings.precision, self.device)
         self._conditional = build.check(model, schedule, self.data, settings)
 
