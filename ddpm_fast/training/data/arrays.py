@@ -83,7 +83,7 @@ def resized(images: Tensor, image_size: Any, fit: str, name: str) -> Tensor:
         warnings.warn(
             f"{name}: images of {height}x{width} are smaller than {size[0]}x{size[1]} and are enlarged; fit='pad' "
             "would leave them as they are",
-            stacklevel=4,
+            stacklevel=3,
         )
     images = images if images.dtype == torch.uint8 else images.float()
     if fit == "pad" and height <= size[0] and width <= size[1]:

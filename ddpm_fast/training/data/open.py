@@ -141,6 +141,7 @@ def _known(source: str, path: Path | None, split: str) -> Path:
         root = os.environ.get("DDPM_FAST_DATA")
         candidates = [Path(root) / sub for sub in below] if root else []
         candidates += [_DEBIAN] if source == "fashion-mnist" else []
+    candidates = list(dict.fromkeys(candidates))
     for candidate in candidates:
         if source == "cifar10":
             for place in (candidate, candidate / cifar.ARCHIVE):
