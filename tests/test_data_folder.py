@@ -76,6 +76,7 @@ def test_a_large_folder_is_the_same_data(classes, large):
     small = open_data(classes)
     assert torch.equal(every(data), every(small))
     assert torch.equal(data.labels, small.labels)
+    assert repr(data) == repr(small)
     assert (data.class_names, data.num_classes) == (small.class_names, 2)
     assert data.complete
 
@@ -270,10 +271,12 @@ def test_prefetch_is_the_batches_in_order(many, monkeypatch, workers, kept):
         monkeypatch.setattr(module, "KEPT", 11 * 3 * 4 * 4 - 1)
     whole = every(open_data(many))
     data, indices = open_data(many), orders(11, 4, 4)
+    state = torch.get_rng_state()
     batches = prefetch(data, iter(indices), workers)
     for some in indices:
         assert torch.equal(next(batches), whole[some])
     assert next(batches, None) is None
+    assert torch.equal(torch.get_rng_state(), state)  # torch's random numbers are the user's
     assert data.complete == kept
     assert not multiprocessing.active_children()
 
