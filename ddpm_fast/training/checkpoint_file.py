@@ -132,20 +132,20 @@ def newest_first(folder: str | os.PathLike[str]) -> list[Checkpoint]:
     return sorted(found, key=lambda checkpoint: checkpoint.images_seen, reverse=True)
 
 
-def _whole(found: list[Checkpoint]) -> Iterator[Checkpoint]:
-    """Those whose checksum holds; warns of the others."""
-    for checkpoint in found:
+def whole(folder: str | os.PathLike[str], wanted: Callable[[str], bool] = lambda name: True) -> Iterator[Checkpoint]:
+    """The checkpoints of a folder whose checksum holds, by images seen, newest first, each read when it is asked for.
+    Broken ones are passed over with a warning.
+    """
+    for checkpoint in newest_first(folder):
         try:
-            yield read(checkpoint.path, wanted=lambda name: False)
+            yield read(checkpoint.path, wanted=wanted)
         except BrokenFile as error:
             warnings.warn(f"{error}; it is passed over", stacklevel=3)
 
 
 def latest(folder: str | os.PathLike[str]) -> Path | None:
-    """The whole checkpoint with the most images seen; None where there is none. Broken ones are passed over with a
-    warning. Reads the newest file once (a second per 1.5 GB) to compare its checksum.
-    """
-    for checkpoint in _whole(newest_first(folder)):
+    """The whole checkpoint with the most images seen; None where there is none. Reads it once, a second per 1.5 GB."""
+    for checkpoint in whole(folder, lambda name: False):
         return checkpoint.path
     return None
 
@@ -162,7 +162,7 @@ def prune(folder: str | os.PathLike[str], keep: int, *, good: Path | None = None
     if len(found) <= keep:
         return
     if good is None:
-        good = next((checkpoint.path for checkpoint in _whole(found)), None)
+        good = latest(folder)
     for checkpoint in found[keep:]:
         if good is not None and not os.path.samefile(checkpoint.path, good):
             checkpoint.path.unlink(missing_ok=True)

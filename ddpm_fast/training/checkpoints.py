@@ -23,6 +23,7 @@ from .checkpoint_file import (
     read,
     read_header,
     remove_temporaries,
+    whole,
     write,
 )
 from .tensor_file import BrokenFile
@@ -43,6 +44,7 @@ __all__ = [
     "read",
     "read_header",
     "remove_temporaries",
+    "whole",
     "write",
 ]
 
@@ -146,15 +148,16 @@ def _build(path: Path, config: dict[str, Any]) -> nn.Module:
             f"{path} holds a network of the class {kind}, which ddpm_fast cannot build by itself; pass model=, one of "
             f"that class (known are {', '.join(KINDS)})"
         )
-    return KINDS[kind](**options)
+    with torch.device("cpu"), torch.random.fork_rng(devices=[]):  # first weights are drawn; the user's generator stays
+        return KINDS[kind](**options)
 
 
 def check_fits(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor], source: object) -> None:
     """ValueError naming the first keys, shapes and dtypes in which a state dict is not the expected one."""
     wrong = [f"{key} is missing" for key in expected if key not in weights]
     wrong += [f"{key} is not in the model" for key in weights if key not in expected]
-    for key, value in weights.items():
-        have = expected.get(key, value)
+    for key, have in expected.items():
+        value = weights.get(key, have)
         if value.shape != have.shape:
             wrong.append(f"{key} has shape {tuple(value.shape)}, the model's has {tuple(have.shape)}")
         elif value.dtype != have.dtype:

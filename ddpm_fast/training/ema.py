@@ -90,6 +90,12 @@ class EMA(nn.Module):
             if ours:
                 torch._foreach_copy_(ours, list(self.online_model.buffers()))
 
+    def go_on_from(self, step: int) -> None:
+        """As after `step` calls of `update`; the averaged weights were loaded into `ema_model`."""
+        self._step, self._initted = step, step > 0
+        self.step.fill_(self._step)
+        self.initted.fill_(self._initted)
+
     def _averaged(self, model: nn.Module) -> list[Tensor]:
         tensors = (*model.parameters(), *(() if self.buffers_are_copied else model.buffers()))
         return [tensor for tensor in tensors if tensor.is_floating_point()]

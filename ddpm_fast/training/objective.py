@@ -90,7 +90,7 @@ class Objective:
         t = streams.timesteps(rng, n, self.schedule.num_timesteps)
         x0 = _float64(images) if self.dtype == torch.float64 else images
         x_t, against = self._noised(x0, t, rng)
-        m = self._predict(model, x_t, t, labels, told)
+        m = self.predict(model, x_t, t, labels, told)
         weight = None if self._weights is None else self._weights[t]
         return ops.noise_mse(m, **against, **self._loss, weight=weight)
 
@@ -113,6 +113,7 @@ class Objective:
         if told:
             with torch.no_grad():
                 estimate = self._estimate(_output(model(*given, x_self_cond=estimate), x_t), x_t, t)
+            torch.clear_autocast_cache()  # of weights that were cast without a gradient
         return _output(model(*given, x_self_cond=estimate), x_t)
 
     def _estimate(self, m: Tensor, x_t: Tensor, t: Tensor) -> Tensor:

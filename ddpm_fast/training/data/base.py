@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 _HASHED_WHOLE = 64 * 2**20  # bytes; of more data a sample of rows is hashed
 _HASHED_ROWS = 1024
@@ -109,6 +110,12 @@ def as_data(x: Any) -> Data:
         return TensorData(x)
     if isinstance(x, tuple) and len(x) == 2:
         return TensorData(*x)
+    if hasattr(x, "__getitem__") and hasattr(x, "__len__") and not isinstance(x, (str, bytes, list, tuple, Mapping)):
+        from .dataset import DatasetData
+
+        return DatasetData(x)
+    if isinstance(x, DataLoader):
+        raise TypeError("data must be a Dataset, not a DataLoader, for the order is the Trainer's: give its .dataset")
     raise TypeError(
         f"data must be a tensor or array (N, ...), (images, labels), a Dataset or what open_data gives, got {kind(x)}"
     )
@@ -177,7 +184,7 @@ def as_labels(labels: Any, n: int, num_classes: int | None) -> tuple[Tensor | No
     return labels, num_classes
 
 
-def check_range(images: Tensor, name: str) -> None:
+def check_range(images: Tensor, name: str, stacklevel: int = 3) -> None:
     """ValueError for floats that cannot be meant; a warning for what is hardly in model range [-1, 1]."""
     if not images.is_floating_point():
         return
@@ -191,13 +198,13 @@ def check_range(images: Tensor, name: str) -> None:
     if low >= 0 and high <= 1 and images.dim() >= 4:
         warnings.warn(
             f"{name}: images are in [0, 1], but models are trained in [-1, 1]: give uint8 pixels, or 2 * images - 1",
-            stacklevel=3,
+            stacklevel=stacklevel,
         )
     elif (low < -1 or high > 1) and images.dim() == 4 and images.shape[1] in (1, 3):
         warnings.warn(
             f"{name}: images reach from {low:.3g} to {high:.3g}, but models are trained in [-1, 1] (of latents that is "
             "no matter)",
-            stacklevel=3,
+            stacklevel=stacklevel,
         )
 
 
