@@ -21,9 +21,9 @@ EXAMPLES = """examples:
   torchrun --nproc-per-node 2 $(which ddpm-fast) train --data digits --out runs/digits
                                                                  in two processes, with the same result
 
-What is chosen is printed, and kept in RUN/config.toml, which --config takes. Checkpoints, log.csv, loss.png and grids of
-samples are there too. Exit code 0: done; 1: the loss is no longer finite; 2: bad input or unusable state; 130, 143: stopped
-by Ctrl-C, SIGTERM, after saving.
+What is chosen is printed, and kept in RUN/config.toml, which --config takes. Checkpoints, log.csv, loss.png and grids
+of samples are there too. Exit code 0: done; 1: the loss is no longer finite; 2: bad input or unusable state; 130, 143:
+stopped by Ctrl-C, SIGTERM, after saving.
 """
 CONFIG = "config.toml"
 
@@ -78,7 +78,7 @@ def configuration(arguments: argparse.Namespace) -> Config:
 
 def _check_extras(config: Config) -> None:
     """CommandError for a package that is not there, with what to leave out to do without it."""
-    needed = {"safetensors": "checkpoints need safetensors"}
+    needed = {}
     if config.output.plot:
         needed["matplotlib"] = "loss.png needs matplotlib (--no-plot does without)"
     if config.sampling.sample_every is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import errno
 import signal
 import tempfile
@@ -18,7 +17,8 @@ from .. import __version__
 from ..demo.train import bf16_pays
 from ..training import Trainer
 from ..training.checkpoints import FOLDER, newest_first
-from ..training.data import Data, describe, open_data
+from ..training.data import Data, open_data
+from ..training.data.base import describe
 from ..training.processes import LostContact, World
 from . import values
 from .config import AUTO, Config
@@ -199,7 +199,7 @@ class TrainingRun:
 
 
 class _Stop:
-    """A callback that ends the training at `deadline` (perf_counter) in the way of SIGTERM: saved, and between steps."""
+    """A callback that ends the training at `deadline` (perf_counter) as SIGTERM would: between two steps, saved."""
 
     def __init__(self, deadline: float | None) -> None:
         self.deadline, self.fired = deadline, False
@@ -254,9 +254,10 @@ def _with_labels(config: Config, data: Data) -> tuple[Config, int | None]:
             raise CommandError(f"--label-dropout {dropout:g} has no effect: {why}")
         dropout = 0.0
     changed = config.replaced({"data": {"labels": bool(labels)}, "training": {"label_dropout": dropout}})
-    if config.sampling.sample_guidance != 1 and dropout == 0:
+    guidance = config.sampling.sample_guidance
+    if guidance != 1 and dropout == 0:
         raise CommandError(
-            f"--sample-guidance {config.sampling.sample_guidance:g} needs a model that was also trained without labels: "
-            "class-conditional, with --label-dropout"
+            f"--sample-guidance {guidance:g} needs a class-conditional model that is also trained without labels "
+            "(--label-dropout)"
         )
     return changed, data.num_classes if labels else None
