@@ -40,7 +40,8 @@ def test_the_order_does_not_depend_on_how_it_is_asked_for(orders):
 def test_epochs_of_many_images_are_sorted_one_at_a_time():
     n = 5000
     order = streams.Order(3, n)
-    expected = [np.argsort(noise.random_bits(3, e, 1, noise.STREAM_PERMUTATION, n)[0], kind="stable") for e in (0, 1, 2)]
+    keys = [noise.random_bits(3, epoch, 1, noise.STREAM_PERMUTATION, n)[0] for epoch in range(3)]
+    expected = [np.argsort(key, kind="stable") for key in keys]
     assert order.indices(4990, 5020).tolist() == np.concatenate(expected)[4990:10010].tolist()
     assert len(order._blocks) == 2
 

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-
 Slot = tuple[dict[str, Any], dict[str, Any], str]  # where a tensor of the average lies, where that of the model
 
 
