@@ -346,6 +346,15 @@ def test_load_goes_back(started, tmp_path):
     assert run.images_seen == BATCH
     run.train()
     assert bits_of(run) == bits_of(whole)
+    run = trainer(tmp_path, images=SHORT, save_every=2 * BATCH, keep=9)
+    run.train(until=5 * BATCH)
+    later = (tmp_path / "checkpoints" / checkpoints.file_name(4 * BATCH)).read_bytes()
+    for path in (tmp_path / "checkpoints").iterdir():
+        path.unlink()
+    run.load(started)
+    run.train(until=4 * BATCH)
+    assert files(tmp_path) == [checkpoints.file_name(n * BATCH) for n in (2, 4)]
+    assert (tmp_path / "checkpoints" / checkpoints.file_name(4 * BATCH)).read_bytes() == later
 
 
 # -- disks -------------------------------------------------------------------------------------------------------------

@@ -173,9 +173,8 @@ class Trainer(Steps):
                 self._call("on_step", report)
         return loss
 
-    def _diverged(self, error: FloatingPointError) -> str:
-        last = None if self._run is None else self._run.last
-        return super()._diverged(error) + ("" if last is None else f"; the last checkpoint is {last}")
+    def _saved_last(self) -> str:
+        return "" if self._run is None or self._run.last is None else f", the last checkpoint is {self._run.last}"
 
     def _call(self, event: str, *arguments: Any) -> None:
         if not self.world.is_main:
@@ -203,7 +202,10 @@ class Trainer(Steps):
         Raises FileNotFoundError; ValueError for a broken file, and for one of another model, data or settings that
         decide the result. Then nothing has changed.
         """
-        take(self, checkpoints.read(checkpoints.find(path)), self._config)
+        found = checkpoints.read(checkpoints.find(path))
+        take(self, found, self._config)
+        if self._run is not None:
+            self._run.took(found.path, found.images_seen)
 
     def _save_if_due(self) -> None:
         """Process 0 looks at its clock; the others meet it again in the next step."""
