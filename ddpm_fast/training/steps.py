@@ -151,8 +151,12 @@ class Steps:
     def _diverged(self, error: FloatingPointError) -> str:
         return (
             f"training stopped at step {self.steps_done + 1} (after {self.images_seen} images): {error}; the weights "
-            f"are those of step {self.steps_done}. Try a lower lr, warmup, or bf16 instead of fp16"
+            f"are those of step {self.steps_done}{self._saved_last()}. Try a lower lr, warmup, or bf16 instead of fp16"
         )
+
+    def _saved_last(self) -> str:
+        """The end of a sentence: which checkpoint there is to go back to."""
+        return ""
 
     # -- what a step is made of ---------------------------------------------------------------------------------------
 

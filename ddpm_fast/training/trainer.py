@@ -173,9 +173,8 @@ class Trainer(Steps):
                 self._call("on_step", report)
         return loss
 
-    def _diverged(self, error: FloatingPointError) -> str:
-        last = None if self._run is None else self._run.last
-        return super()._diverged(error) + ("" if last is None else f"; the last checkpoint is {last}")
+    def _saved_last(self) -> str:
+        return "" if self._run is None or self._run.last is None else f", the last checkpoint is {self._run.last}"
 
     def _call(self, event: str, *arguments: Any) -> None:
         if not self.world.is_main:
