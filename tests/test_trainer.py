@@ -276,7 +276,7 @@ def test_callbacks_and_reports():
     start, *reports, end = spy.events
     assert (start, end) == (("start", 0), ("end", 96))  # the last batch is whole
     assert [(report.images_seen, report.step) for report in reports] == [(32, 1), (64, 2), (96, 3)]
-    assert [report.lr for report in reports] == [0.25 * (2 + 2 * math.cos(math.pi * i / 70)) for i in (0, 32, 64)]
+    assert [report.lr for report in reports] == [0.25 * (1 + math.cos(math.pi * i / 70)) for i in (0, 32, 64)]
     assert all(report.loss > 0 and report.grad_norm > 0 and report.seconds > 0 for report in reports)
     trainer.train()  # there is nothing left to do
     assert len(spy.events) == 7

@@ -14,6 +14,7 @@ from . import build, learning_rate, streams
 from .data import as_data, prefetch
 from .generators import lent
 from .loop import check_precision
+from .parallel import averaging, check_agreed, check_used, parallel
 from .processes import World, share
 from .settings import Settings
 from .state import load_network_state, load_optimizer_state, network_state, optimizer_state
@@ -46,6 +47,7 @@ class Steps:
         self.world = World.from_environment(build.device_for(model, device))
         self.device = self.world.device
         settings.check_shares(self.world.size)
+        check_agreed(self.world, settings, self.data)
         check_precision(settings.precision, self.device)
         self._conditional = build.check(model, schedule, self.data, settings)
 
@@ -65,8 +67,12 @@ class Steps:
             max_grad_norm=settings.max_grad_norm,
             precision=settings.precision,
         )
+        self.world.broadcast_(self.model.state_dict().values())
         self.ema = build.average(self.model, settings)
-        self._network: Callable[..., Any] = torch.compile(self.model) if settings.compile else self.model
+        self._network = parallel(
+            self.model, self.world, compile=settings.compile, sync_batchnorm=settings.sync_batchnorm
+        )
+        self._all_used = self.world.size == 1
 
         self.images_seen = self.steps_done = 0
         self._size = settings.batch_size // (self.world.size * settings.accumulate)  # of a micro-batch
@@ -97,6 +103,7 @@ class Steps:
     def _forward_backward(self) -> Tensor:
         """Gradients into the parameters; the mean loss."""
         first = self.images_seen
+        micro_batches = self._micro_batches(first)
         told = self.objective.self_condition and streams.batch_coin(self.settings.seed, first, 0.5)
         if not self.model.training:
             self.model.train()
@@ -104,16 +111,20 @@ class Steps:
             self._batches = prefetch(self.data, self._indices(first), self.settings.workers)
         total = None
         with lent(self.device) as reseed:
-            for position in self._micro_batches(first):
+            for position in micro_batches:
                 images = self._to_device(next(self._batches))
                 if self._channels_last:
                     images = images.contiguous(memory_format=torch.channels_last)
                 labels = self._labels(position)
                 self._position.fill_(position)
                 reseed(streams.dropout_seed(self.settings.seed, position))
-                with self._update.autocast():
-                    loss = self.objective(self._network, images, labels, self._rng, told) / self.settings.accumulate
-                self._update.backward(loss)
+                with averaging(self._network, last=position == micro_batches[-1]):
+                    with self._update.autocast():
+                        loss = self.objective(self._network, images, labels, self._rng, told) / self.settings.accumulate
+                    self._update.backward(loss)
+                if not self._all_used:
+                    check_used(self.model)
+                    self._all_used = True
                 total = loss.detach() if total is None else total + loss.detach()
         assert total is not None
         return total
@@ -140,8 +151,12 @@ class Steps:
     def _diverged(self, error: FloatingPointError) -> str:
         return (
             f"training stopped at step {self.steps_done + 1} (after {self.images_seen} images): {error}; the weights "
-            f"are those of step {self.steps_done}. Try a lower lr, warmup, or bf16 instead of fp16"
+            f"are those of step {self.steps_done}{self._saved_last()}. Try a lower lr, warmup, or bf16 instead of fp16"
         )
+
+    def _saved_last(self) -> str:
+        """The end of a sentence: which checkpoint there is to go back to."""
+        return ""
 
     # -- what a step is made of ---------------------------------------------------------------------------------------
 

@@ -13,7 +13,9 @@ from torch import nn
 
 from ..sampler import Sampler
 from ..schedule import Schedule
+from . import checkpoints
 from .loop import uninterrupted
+from .resume import RunFolder, config_of, noticed, open_run, take
 from .settings import Settings
 from .steps import MakeOptimizer, Steps
 
@@ -119,22 +121,36 @@ class Trainer(Steps):
         self.out = None if out is None else Path(out)
         self.stopped: str | None = None
         self.callbacks: list[Any] = []
+        self._config = config_of(self.model, schedule, self.settings, self.data, self.optimizer, optimizer is not None)
+        self._run = None if self.out is None else RunFolder(self.out, keep, save_every)
+        if self._run is not None:
+            open_run(self, self._run, self._config)
 
     # -- training -----------------------------------------------------------------------------------------------------
 
     def train(self, until: int | None = None) -> None:
-        """Steps until `images` (or `until`, if that is less) images have been seen.
+        """Steps until `images` (or `until`, if that is less) images have been seen; saves from time to time and then.
 
-        Ctrl-C takes effect between two steps (a second one at once): everything then belongs together, and `train` goes
-        on from there. FloatingPointError names the step whose loss or gradient was not finite.
+        SIGTERM and Ctrl-C wait until the step is taken and saved; then `stopped` names the signal, and after Ctrl-C
+        KeyboardInterrupt follows. A second Ctrl-C takes effect at once, and what was saved before is kept. Raises
+        FloatingPointError, naming the step and the last checkpoint, if the loss or gradient was not finite; OSError if
+        a checkpoint cannot be written: nothing in memory or on the disk is lost, and `save` may be tried again.
         """
         goal = self.settings.images if until is None else min(until, self.settings.images)
+        self.stopped = None
         self._call("on_start")
         try:
-            while self.images_seen < goal:
-                self.step()
+            with noticed() as stops:
+                while self.images_seen < goal and stops.asked is None:
+                    self.step()
+                    self._save_if_due()
+                if self._run is not None and not self._run.is_saved(self.images_seen):
+                    self.save()
+            self.stopped = stops.asked
         finally:
             self._call("on_end")
+        if self.stopped == "SIGINT":
+            raise KeyboardInterrupt
 
     def step(self) -> float:
         """One step of the optimiser; the loss, mean over the batch.
@@ -152,6 +168,9 @@ class Trainer(Steps):
                 self._call("on_step", report)
         return loss
 
+    def _saved_last(self) -> str:
+        return "" if self._run is None or self._run.last is None else f", the last checkpoint is {self._run.last}"
+
     def _call(self, event: str, *arguments: Any) -> None:
         if not self.world.is_main:
             return
@@ -159,6 +178,31 @@ class Trainer(Steps):
             function = getattr(callback, event, None)
             if function is not None:
                 function(self, *arguments)
+
+    # -- checkpoints ---------------------------------------------------------------------------------------------------
+
+    def save(self) -> Path:
+        """Writes a checkpoint into the run's folder, OUT/checkpoints; its path. The oldest beyond `keep` go.
+
+        Raises ValueError without `out`, and OSError if it cannot be written: those that are there stay.
+        """
+        if self._run is None:
+            raise ValueError("this Trainer has no folder to save in; give it one: Trainer(..., out=)")
+        path = self._run.write(*self.state(), self._config)
+        self._call("on_save", path)
+        return path
+
+    def load(self, path: str | os.PathLike[str]) -> None:
+        """Goes on from a checkpoint: a file, or the newest whole one in a run's folder.
+
+        Raises FileNotFoundError; ValueError for a broken file, and for one of another model, data or settings that
+        decide the result. Then nothing has changed.
+        """
+        take(self, checkpoints.read(checkpoints.find(path)), self._config)
+
+    def _save_if_due(self) -> None:
+        if self._run is not None and self._run.is_due(self.images_seen):
+            self.save()
 
     # -- what comes out -----------------------------------------------------------------------------------------------
 
