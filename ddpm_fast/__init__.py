@@ -9,7 +9,19 @@ from ddpm_fast.nn import DDPMUNet, UNet
 from ddpm_fast.ops import normal
 from ddpm_fast.sampler import Sampler
 from ddpm_fast.schedule import Schedule
+from ddpm_fast.training import Trainer
 
 __version__ = "0.1.0"
 
-__all__ = ["DDPMUNet", "Sampler", "Schedule", "UNet", "__version__", "inference", "normal", "ops", "use_backend"]
+__all__ = [
+    "DDPMUNet",
+    "Sampler",
+    "Schedule",
+    "Trainer",
+    "UNet",
+    "__version__",
+    "inference",
+    "normal",
+    "ops",
+    "use_backend",
+]

@@ -1,123 +1,102 @@
-"""The command `ddpm-fast`: demo, bench and info."""
+"""The command `ddpm-fast`: finds the command's module in `commands/`, runs it, turns errors into one line."""
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import subprocess
+import functools
+import importlib
+import os
 import sys
+import warnings
 from collections.abc import Sequence
-from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
-EXAMPLES = """examples:
-  ddpm-fast demo                            train on real digits, sample and measure; about 3 minutes
-  ddpm-fast demo --out here --device cuda   the same on an NVIDIA GPU
-  ddpm-fast demo --seconds 20               a shorter training; its quality is shown, not judged
-  ddpm-fast bench --quick                   sampling steps and ops against every baseline; about 3 minutes
-  ddpm-fast info                            what was built and what works on this machine
+from .commands.errors import USAGE, CommandError, one_line
+
+COMMANDS = {
+    "train": "train a diffusion model on images; kill it anywhere, resume anywhere",
+    "sample": "draw images from a trained model: PNGs, a grid, .npz, a GIF of the reverse process",
+    "eval": "measure a trained model: Frechet distance, KID, precision and recall",
+    "info": "what works on this machine; or what a run or a checkpoint holds",
+    "bench": "measure ops and sampling steps against eager PyTorch, torch.compile, OpenVINO and diffusers",
+    "demo": "train on real handwritten digits, sample a labelled grid, measure quality and speed",
+}
+TRACEBACK_VARIABLE = "DDPM_FAST_TRACEBACK"
+INTERRUPTED = 130  # what shells report for Ctrl-C: 128 + SIGINT
+
+EXAMPLES = f"""examples:
+  ddpm-fast demo                                              train, sample and measure in about 3 minutes
+  ddpm-fast train --data fashion-mnist --out runs/fashion     train; the same line goes on with a run that was stopped
+  ddpm-fast sample runs/fashion --num 64 --out samples        images of the trained model
+  ddpm-fast eval runs/fashion                                 how good they are
+  ddpm-fast info runs/fashion                                 what the run holds
+  ddpm-fast bench --quick                                     sampling steps and ops against every baseline
+
+`ddpm-fast COMMAND --help` has the options and more examples. {TRACEBACK_VARIABLE}=1 shows where an error came from.
 """
 
 
 class _Parser(argparse.ArgumentParser):
-    """Errors as one line, without the usage in front."""
+    """Errors as one line, without the usage in front; no abbreviated options, which a new option would change."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **{"allow_abbrev": False, **options})
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+        self.exit(USAGE, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
 
 
-def _parser() -> _Parser:
+def _parser(argv: Sequence[str]) -> _Parser:
+    """Knows the options of the command in front of the line, and of the others only what they are for."""
     parser = _Parser(
         prog="ddpm-fast",
         description="Fast training and sampling of denoising diffusion models.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    commands = parser.add_subparsers(dest="command", metavar="{demo,bench,info}", required=True)
-    demo = commands.add_parser(
-        "demo",
-        help="train on real handwritten digits, sample a labelled grid, measure quality and speed",
-        description="Trains a class-conditional U-Net on scikit-learn's digits and writes samples.png, "
-        "reverse.gif, model.safetensors and report.json. Exit code 0: done; 1: a quality bar was "
-        "missed at the default training; 2: it could not start.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    demo.add_argument("--out", type=Path, default=Path("demo"), metavar="DIR", help="default: demo")
-    demo.add_argument("--seed", type=int, default=0, help="of everything drawn; default: 0")
-    demo.add_argument("--device", default="auto", help="auto (CUDA if there is one), cpu, cuda or cuda:N")
-    demo.add_argument("--seconds", type=float, help="training time; default: 95, or up to 115 on a slow machine")
-    demo.add_argument("--train-steps", type=int, metavar="N", help="train exactly N steps, however long they take")
-    demo.add_argument("--quiet", action="store_true", help="no progress bars")
-    commands.add_parser(
-        "bench",
-        add_help=False,  # its options are those of the script
-        help="measure ops and sampling steps against eager PyTorch, torch.compile, OpenVINO and diffusers",
-    )
-    commands.add_parser("info", help="version, what the extension was built with, which backend serves which op")
+    choices = f"{{{','.join(COMMANDS)}}}"
+    subparsers = parser.add_subparsers(dest="command", metavar=choices, required=True)
+    for name, text in COMMANDS.items():
+        if argv and argv[0] == name:
+            module = importlib.import_module(f".commands.{_module(name)}", __package__)
+            module.add_arguments(subparsers)
+            parser.set_defaults(run=module.run)
+        else:
+            subparsers.add_parser(name, help=text)
     return parser
 
 
-def _demo(arguments: argparse.Namespace) -> int:
-    from .demo import DemoError, Recipe, Settings, run
-
-    recipe = Recipe(steps=arguments.train_steps)
-    if arguments.seconds is not None:
-        seconds = arguments.seconds
-        recipe = dataclasses.replace(recipe, seconds=seconds, max_seconds=seconds)
-    settings = Settings(
-        out=arguments.out,
-        seed=arguments.seed,
-        device=arguments.device,
-        recipe=recipe,
-        progress=not arguments.quiet,
-    )
-    try:
-        report = run(settings)
-    except DemoError as error:
-        print(f"ddpm-fast demo: error: {error}", file=sys.stderr)
-        return 2
-    missed = report["missed"]
-    if not missed:
-        return 0
-    if recipe.steps is not None or recipe.seconds < Recipe().seconds:
-        print(f"missed: {', '.join(missed)} (not judged: the training was not the default one)")
-        return 0
-    print(f"ddpm-fast demo: quality missed: {', '.join(missed)}", file=sys.stderr)
-    return 1
+def _module(command: str) -> str:
+    return "evaluate" if command == "eval" else command
 
 
-def _info() -> int:
-    from .__main__ import main as info
-
-    return int(info() or 0)
-
-
-def _bench(options: Sequence[str]) -> int:
-    """Runs benchmarks/run.py with these options: of the checkout that this package is in, or of the working folder."""
-    places = [Path(__file__).resolve().parent.parent, Path.cwd()]
-    for place in places:
-        script = place / "benchmarks" / "run.py"
-        if script.is_file():
-            return subprocess.call([sys.executable, str(script), *options])
-    print(
-        "ddpm-fast bench: error: the benchmark is part of the repository, not of the installed package, and there is "
-        "no benchmarks/run.py here; clone the repository and run the command in it",
-        file=sys.stderr,
-    )
-    return 2
+def _warn(command: str, message: Warning | str, category: type[Warning], *place: Any) -> None:
+    """A warning as one line, without the line of code that it came from."""
+    print(f"ddpm-fast {command}: warning: {' '.join(str(message).split())}", file=sys.stderr)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command line (default: the process's own) and returns its exit code."""
     argv = sys.argv[1:] if argv is None else argv
-    if argv and argv[0] == "bench":  # argparse would keep options before the first positional one to itself
-        return _bench(argv[1:])
     try:
-        arguments = _parser().parse_args(argv)
+        arguments = _parser(argv).parse_args(argv)
     except SystemExit as stop:  # argparse ends the process itself; a caller wants the code
-        return stop.code if isinstance(stop.code, int) else 2
-    return _info() if arguments.command == "info" else _demo(arguments)
+        return stop.code if isinstance(stop.code, int) else USAGE
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = functools.partial(_warn, arguments.command)
+            return int(arguments.run(arguments))
+    except BrokenPipeError:  # whoever read our output has gone, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (CommandError, ValueError, TypeError, OSError, ImportError) as error:
+        if os.environ.get(TRACEBACK_VARIABLE):
+            raise
+        print(f"ddpm-fast {arguments.command}: error: {one_line(error)}", file=sys.stderr)
+        return error.code if isinstance(error, CommandError) else USAGE
+    except KeyboardInterrupt:
+        print(f"ddpm-fast {arguments.command}: interrupted", file=sys.stderr)
+        return INTERRUPTED
 
 
 if __name__ == "__main__":

@@ -26,6 +26,10 @@ STREAM_FLIP = 2**31 + 4
 STREAM_PERMUTATION = 2**31 + 5
 STREAM_SELF_COND = 2**31 + 6
 STREAM_MODEL_DROPOUT = 2**31 + 7
+# Measuring: the subsets of KID; the timesteps of the variational bound, and the noise at timestep t, which is + t.
+STREAM_SUBSET = 2**31 + 8
+STREAM_BOUND_T = 2**31 + 9
+STREAM_BOUND_NOISE = 2**31 + 2**30
 
 F32 = np.float32
 U32 = np.uint32

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -149,13 +149,13 @@ def _write_labels(
     return np.asarray(image)
 
 
-def save_png(path: str | os.PathLike[str], picture: UInt8Array) -> None:
-    """Writes a uint8 (H, W, 3) picture."""
+def save_png(path: str | os.PathLike[str] | BinaryIO, picture: UInt8Array) -> None:
+    """Writes a uint8 (H, W, 3) picture to a path or an open file."""
     _pillow().Image.fromarray(picture).save(path, format="PNG", optimize=True)
 
 
 def save_gif(
-    path: str | os.PathLike[str],
+    path: str | os.PathLike[str] | BinaryIO,
     frames: Iterable[UInt8Array],
     *,
     fps: float = 20.0,
@@ -165,7 +165,7 @@ def save_gif(
     """Writes an endlessly repeated GIF of uint8 (H, W, 3) frames of one size, in grey or in colour.
 
     Args:
-        path: file to write.
+        path: file to write, or one that is open.
         frames: the pictures in order, at least one.
         fps: frames a second, at most 50 (what viewers honour).
         hold: seconds for which the last frame stays.

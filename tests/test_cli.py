@@ -6,22 +6,24 @@ import types
 import pytest
 
 from ddpm_fast import cli, demo
+from ddpm_fast.commands import bench
 
 
 def test_help(capsys):
     assert cli.main(["--help"]) == 0
     text = capsys.readouterr().out
     assert "examples:" in text
-    assert "ddpm-fast demo --out here --device cuda" in text
+    assert all(f"\n    {command}" in text for command in cli.COMMANDS)
     assert cli.main(["demo", "--help"]) == 0
     text = capsys.readouterr().out
+    assert "ddpm-fast demo --out here --device cuda" in text
     assert all(option in text for option in ("--out", "--seed", "--device", "--seconds", "--train-steps", "--quiet"))
 
 
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("", "the following arguments are required: {demo,bench,info}"),
+        ("", "the following arguments are required: {train,sample,eval,info,bench,demo}"),
         ("fly", "invalid choice: 'fly'"),
         ("demo --seed x", "argument --seed: invalid int value: 'x'"),
         ("demo --wat", "unrecognized arguments: --wat"),
@@ -95,7 +97,7 @@ def test_bench_runs_the_script_of_the_checkout(capfd):
 
 def test_bench_without_a_checkout_says_where_it_is(monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(cli, "__file__", str(tmp_path / "site-packages" / "ddpm_fast" / "cli.py"))
+    monkeypatch.setattr(bench, "__file__", str(tmp_path / "site-packages" / "ddpm_fast" / "commands" / "bench.py"))
     assert cli.main(["bench"]) == 2
     assert "clone the repository" in capsys.readouterr().err
     (tmp_path / "benchmarks").mkdir()

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from ddpm_fast import metrics
+from ddpm_fast.metrics.energy import _distance_sum
 
 
 def draw(n, *shape, seed=0, shift=0.0):
@@ -30,7 +31,7 @@ def by_definition(x, y, unbiased):
 @pytest.mark.parametrize("unbiased", [False, True], ids=["biased", "unbiased"])
 @pytest.mark.parametrize("chunk", [1, 50, 1 << 22])
 def test_energy_distance_is_its_definition(monkeypatch, unbiased, chunk):
-    monkeypatch.setattr(metrics, "_CHUNK_ELEMENTS", chunk)
+    monkeypatch.setattr("ddpm_fast.metrics._rows.BLOCK_ELEMENTS", chunk)
     x, y = draw(13, 2, 3), draw(8, 2, 3, seed=1, shift=0.3)
     got = metrics.energy_distance(x, y, unbiased=unbiased)
     assert got == pytest.approx(by_definition(x, y, unbiased), rel=1e-12)
@@ -58,7 +59,7 @@ def test_the_unbiased_one_is_zero_on_average():
     spread = np.std(values) / np.sqrt(len(values))
     assert abs(np.mean(values)) < 4 * spread
     # What the docstring says of the biased one: E|X - X'| (1/N + 1/M).
-    apart = metrics._distance_sum(draw(2000, 3).double(), draw(2000, 3, seed=9).double()) / 2000**2
+    apart = _distance_sum(draw(2000, 3).double(), draw(2000, 3, seed=9).double()) / 2000**2
     assert np.mean(biased) == pytest.approx(apart * (1 / 20 + 1 / 30), rel=0.1)
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import torch
@@ -71,3 +74,108 @@ def test_bad_input():
         found.update(np.zeros((1, 4)))
     with pytest.raises(ValueError, match="features must be finite"):
         found.update(np.full((1, 3), np.inf))
+
+
+def filled(rows):
+    found = FeatureStatistics()
+    found.update(rows)
+    return found
+
+
+def test_statistics_merge():
+    rows = np.random.default_rng(1).normal(size=(90, 5)) + 100
+    whole, merged = filled(rows), FeatureStatistics()
+    for part in np.split(rows, [7, 50]):
+        merged.merge(filled(part))
+    merged.merge(FeatureStatistics())
+    assert merged.count == 90
+    np.testing.assert_allclose(merged.mean, whole.mean, rtol=1e-14)
+    np.testing.assert_allclose(merged.covariance, whole.covariance, rtol=1e-10, atol=1e-12)
+    part = filled(rows[:7])
+    before = part.covariance.copy()
+    FeatureStatistics().merge(part)
+    filled(rows).merge(part)
+    np.testing.assert_array_equal(part.covariance, before)  # what is merged stays as it was
+
+
+class FakeWorld:
+    """Three processes that take turns in threads."""
+
+    def __init__(self, size):
+        self.size, self.slots, self.barrier = size, [None] * size, threading.Barrier(size)
+        self.local = threading.local()
+
+    @property
+    def rank(self):
+        return self.local.rank
+
+    def sum(self, tensor):
+        self.slots[self.rank] = tensor.clone()
+        self.barrier.wait(10)
+        total = torch.stack(self.slots).sum(0)
+        self.barrier.wait(10)
+        return tensor.copy_(total)
+
+
+def test_statistics_are_gathered_over_processes():
+    rows = np.random.default_rng(2).normal(size=(40, 4))
+    world, parts = FakeWorld(3), [filled(rows[:25]), FeatureStatistics(), filled(rows[25:])]
+
+    def run(rank):
+        world.local.rank = rank
+        parts[rank].gather(world)
+
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(run, range(3)))
+    for part in parts:
+        assert part.count == 40
+        np.testing.assert_array_equal(part.covariance, parts[0].covariance)
+        np.testing.assert_allclose(part.covariance, np.cov(rows, rowvar=False), rtol=1e-10)
+    parts[1] = filled(rows[:, :2])
+    with ThreadPoolExecutor(3) as pool, pytest.raises(ValueError, match=r"one size, got \[4, 2, 4\]"):
+        list(pool.map(run, range(3)))
+
+
+def test_statistics_in_files(tmp_path):
+    rows = np.random.default_rng(3).normal(size=(30, 4))
+    found, path = filled(rows), tmp_path / "reference.npz"
+    found.save(path)
+    assert [file.name for file in tmp_path.iterdir()] == ["reference.npz"]
+    back = FeatureStatistics.load(path)
+    np.testing.assert_array_equal(back.mean, found.mean)
+    np.testing.assert_allclose(back.covariance, found.covariance, rtol=1e-14)
+    back.update(rows)
+    assert back.count == 60
+    # As pytorch-fid writes it and reads it: mu and sigma.
+    with np.load(path) as file:
+        np.savez(tmp_path / "fid.npz", mu=file["mu"], sigma=file["sigma"])
+    theirs = FeatureStatistics.load(tmp_path / "fid.npz")
+    assert frechet_distance(theirs.mean, theirs.covariance, found.mean, found.covariance) == pytest.approx(0, abs=1e-9)
+    with pytest.raises(ValueError, match="came without a count of samples: nothing can be added"):
+        theirs.update(rows)
+    with pytest.raises(ValueError, match="came without a count of samples and cannot be merged"):
+        back.merge(theirs)
+
+
+def test_bad_files(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no such file of feature statistics"):
+        FeatureStatistics.load(tmp_path / "none.npz")
+    bad = tmp_path / "bad.npz"
+    for content, message in (
+        (b"", "must be an .npz with mu"),
+        (b"not a zip", "must be an .npz with mu"),
+        ({"mu": np.zeros(3)}, "it has no sigma"),
+        ({"mu": np.zeros(3), "sigma": np.zeros((2, 2))}, r"got shapes \(3,\) and \(2, 2\)"),
+        ({"mu": np.zeros(2), "sigma": np.full((2, 2), np.nan)}, "must hold finite values"),
+        ({"mu": np.array([None]), "sigma": np.zeros((1, 1))}, "must be an .npz with mu"),
+    ):
+        if isinstance(content, bytes):
+            bad.write_bytes(content)
+        else:
+            np.savez(bad, **content)
+        with pytest.raises(ValueError, match=message):
+            FeatureStatistics.load(bad)
+    with pytest.raises(ValueError, match="a covariance needs at least 2 samples"):
+        filled(np.zeros((1, 2))).save(tmp_path / "one.npz")
+    with pytest.raises(FileNotFoundError):
+        filled(np.zeros((3, 2))).save(tmp_path / "missing" / "x.npz")

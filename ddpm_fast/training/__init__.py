@@ -1,7 +1,9 @@
-"""Training: steps, the average of the weights, pictures from a folder, checkpoint files."""
+"""Training: the Trainer, its data, steps, the average of the weights, checkpoint files."""
 
+from .data import Data, TensorData, as_data
 from .ema import EMA
 from .images import ImageFolder, loader
 from .loop import Loop
+from .trainer import StepReport, Trainer
 
-__all__ = ["EMA", "ImageFolder", "Loop", "loader"]
+__all__ = ["EMA", "Data", "ImageFolder", "Loop", "StepReport", "TensorData", "Trainer", "as_data", "loader"]

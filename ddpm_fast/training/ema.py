@@ -27,6 +27,9 @@ class EMA(nn.Module):
         model: what is averaged; kept, not copied, as `online_model`.
         beta: the largest decay, 0..1.
         update_every, update_after_step, inv_gamma, power, min_value: see above.
+        buffers: "average": floating buffers are averaged like weights and integers stay as they were, as ema-pytorch
+            does it; "copy": all buffers become the model's own at every update, which is what BatchNorm's statistics
+            and counters are meant for.
     """
 
     initted: Tensor
@@ -42,16 +45,20 @@ class EMA(nn.Module):
         inv_gamma: float = 1.0,
         power: float = 2 / 3,
         min_value: float = 0.0,
+        buffers: str = "average",
     ) -> None:
         super().__init__()
         if not 0.0 <= beta <= 1.0:
             raise ValueError(f"beta must be in 0..1, got {beta}")
         if update_every < 1:
             raise ValueError(f"update_every must be at least 1, got {update_every}")
+        if buffers not in ("average", "copy"):
+            raise ValueError(f"buffers must be 'average' or 'copy', got {buffers!r}")
         self.online_model = model
         self.ema_model = copy.deepcopy(model).requires_grad_(False)
         self.beta, self.update_every, self.update_after_step = beta, update_every, update_after_step
         self.inv_gamma, self.power, self.min_value = inv_gamma, power, min_value
+        self.buffers_are_copied = buffers == "copy"
         # The buffers are for the state dict. What is decided is decided by numbers of the host, which wait for nothing.
         self.register_buffer("initted", torch.tensor(False))
         self.register_buffer("step", torch.tensor(0))
@@ -73,15 +80,25 @@ class EMA(nn.Module):
         self.initted.fill_(True)
         if not first and step % self.update_every:
             return
-        average, current = self._floating(self.ema_model), self._floating(self.online_model)
+        average, current = self._averaged(self.ema_model), self._averaged(self.online_model)
         if first or step <= self.update_after_step:
             torch._foreach_copy_(average, current)
         elif self.beta < 1:  # ema-pytorch leaves a beta of 1 out of the ramp as well
             torch._foreach_lerp_(average, current, 1 - self.decay(step))
+        if self.buffers_are_copied:
+            ours = list(self.ema_model.buffers())
+            if ours:
+                torch._foreach_copy_(ours, list(self.online_model.buffers()))
 
-    @staticmethod
-    def _floating(model: nn.Module) -> list[Tensor]:
-        return [tensor for tensor in (*model.parameters(), *model.buffers()) if tensor.is_floating_point()]
+    def go_on_from(self, step: int) -> None:
+        """As after `step` calls of `update`; the averaged weights were loaded into `ema_model`."""
+        self._step, self._initted = step, step > 0
+        self.step.fill_(self._step)
+        self.initted.fill_(self._initted)
+
+    def _averaged(self, model: nn.Module) -> list[Tensor]:
+        tensors = (*model.parameters(), *(() if self.buffers_are_copied else model.buffers()))
+        return [tensor for tensor in tensors if tensor.is_floating_point()]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.ema_model(*args, **kwargs)

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import signal
 import threading
 from collections.abc import Iterator
 from types import FrameType
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .ema import EMA
-
-PRECISIONS = {"fp16": torch.float16, "bf16": torch.bfloat16}
+from .update import PRECISIONS, Update
 
 
 class Loop:
@@ -46,9 +43,15 @@ class Loop:
     ) -> None:
         check_precision(precision, device)
         self.model, self.optimizer, self.ema, self.device = model, optimizer, ema, device
-        self.accumulate, self.max_grad_norm = accumulate, max_grad_norm
-        self._dtype = PRECISIONS[precision] if precision is not None else None
-        self.scaler = torch.amp.GradScaler(device.type) if precision == "fp16" else None
+        self.accumulate = accumulate
+        self._update = Update(
+            list(model.parameters()), optimizer, device=device, max_grad_norm=max_grad_norm, precision=precision
+        )
+
+    @property
+    def scaler(self) -> torch.amp.GradScaler | None:
+        """Of the loss in fp16."""
+        return self._update.scaler
 
     def step(self, batches: Iterator[Tensor]) -> float:
         """One step on the next `accumulate` batches; the loss.
@@ -62,43 +65,16 @@ class Loop:
             try:
                 for _ in range(self.accumulate):
                     batch = next(batches).to(self.device, non_blocking=True)
-                    with self._autocast():
+                    with self._update.autocast():
                         loss = self.model(batch) / self.accumulate
-                    self._backward(loss)
+                    self._update.backward(loss)
                     total += loss.detach()
-                value = self._apply(total)
+                value, _ = self._update.apply(total)
             finally:
                 self.optimizer.zero_grad()  # after an error, too: the next step starts from none
             if self.ema is not None:
                 self.ema.update()
         return value
-
-    def _autocast(self) -> Any:
-        if self._dtype is None:
-            return contextlib.nullcontext()
-        return torch.autocast(self.device.type, dtype=self._dtype)
-
-    def _backward(self, loss: Tensor) -> None:
-        (loss if self.scaler is None else self.scaler.scale(loss)).backward()
-
-    def _apply(self, total: Tensor) -> float:
-        """Clips and updates, unless there is something in it that would spoil the weights for good."""
-        if self.scaler is not None:
-            self.scaler.unscale_(self.optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.max_grad_norm)
-        value, size = torch.stack([total, norm.to(total)]).tolist()  # the only wait for the device in a step
-        if not math.isfinite(value) or (self.scaler is None and not math.isfinite(size)):
-            if self.scaler is not None:
-                self.scaler.update()  # closes the step that it has seen
-            raise FloatingPointError(
-                f"the loss is {value}" if not math.isfinite(value) else f"the gradient's norm is {size}"
-            )
-        if self.scaler is None:
-            self.optimizer.step()
-        else:
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
-        return float(value)
 
 
 def check_precision(precision: str | None, device: torch.device) -> None:

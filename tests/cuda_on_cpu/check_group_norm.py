@@ -46,7 +46,6 @@ def both_group_norms(
 
 
 @every_layout
-@pytest.mark.parametrize("dtype", FLOATS)
 def test_group_norm_silu(shape: tuple[int, int, int], last: bool, shift: int, dtype: str) -> None:
     data = Data(shape, last, shift)
     if data.size == 0:

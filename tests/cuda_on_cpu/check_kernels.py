@@ -11,6 +11,7 @@ import importlib.util
 import itertools
 import json
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,13 +37,17 @@ SHAPES = [
 ]
 STEPS = 4
 
-every_layout = pytest.mark.parametrize(
-    ("shape", "last", "shift"),
-    [
-        pytest.param(shape, last, shift, id=f"{'x'.join(map(str, shape))}{'-last' * last}{'-shifted' * shift}")
-        for shape, last, shift in itertools.product(SHAPES, (False, True), (0, 1))
-    ],
-)
+
+def layouts() -> Iterator[Any]:
+    """(shape, last, shift, dtype): all dtypes as they come, two channels last or misaligned, one that is both."""
+    for i, shape in enumerate(SHAPES):
+        for last, shift in itertools.product((False, True), (0, 1)):
+            for dtype in (FLOATS[(i + k) % 3] for k in range(last + shift, 3)):
+                name = f"{'x'.join(map(str, shape))}{'-last' * last}{'-shifted' * shift}-{dtype}"
+                yield pytest.param(shape, last, shift, dtype, id=name)
+
+
+every_layout = pytest.mark.parametrize(("shape", "last", "shift", "dtype"), list(layouts()))
 
 
 def load_module() -> Any:
@@ -169,7 +174,6 @@ def test_golden_bits() -> None:
 
 
 @every_layout
-@pytest.mark.parametrize("dtype", FLOATS)
 def test_normal(shape: tuple[int, int, int], last: bool, shift: int, dtype: str) -> None:
     data = Data(shape, last, shift)
     both("normal", *data.shape, data.output(dtype), code(dtype), data.rng(), 5)
@@ -182,7 +186,6 @@ def test_random_bits(count: int) -> None:
 
 
 @every_layout
-@pytest.mark.parametrize("dtype", FLOATS)
 def test_q_sample(shape: tuple[int, int, int], last: bool, shift: int, dtype: str) -> None:
     data = Data(shape, last, shift)
     for k, (x0, noise) in enumerate(itertools.product([*FLOATS, "uint8"], ["drawn", "given", "offset"])):
@@ -197,7 +200,6 @@ def test_q_sample(shape: tuple[int, int, int], last: bool, shift: int, dtype: st
 
 
 @every_layout
-@pytest.mark.parametrize("dtype", FLOATS)
 def test_q_sample_backward(shape: tuple[int, int, int], last: bool, shift: int, dtype: str) -> None:
     data = Data(shape, last, shift)
     for target, missing in [(0, "g_target"), (1, ""), (2, "g_eps"), (3, ""), (3, "g_x_t"), (3, "g_x0")]:
@@ -214,7 +216,6 @@ def test_q_sample_backward(shape: tuple[int, int, int], last: bool, shift: int, 
 
 
 @every_layout
-@pytest.mark.parametrize("dtype", FLOATS)
 def test_add_bias_temb(shape: tuple[int, int, int], last: bool, shift: int, dtype: str) -> None:
     data = Data(shape, last, shift)
     for silu, missing in itertools.product([False, True], ["", "bias", "temb", "sums"]):
@@ -240,7 +241,6 @@ def test_add_bias_temb(shape: tuple[int, int, int], last: bool, shift: int, dtyp
 
 
 @every_layout
-@pytest.mark.parametrize("dtype", FLOATS)
 def test_ddpm_step(shape: tuple[int, int, int], last: bool, shift: int, dtype: str) -> None:
     data = Data(shape, last, shift)
     table = data.array(count=8 * STEPS)
@@ -271,7 +271,6 @@ def test_ddpm_step(shape: tuple[int, int, int], last: bool, shift: int, dtype: s
 
 
 @every_layout
-@pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("noise", ["drawn", "given", "offset"])
 def test_noise_mse(shape: tuple[int, int, int], last: bool, shift: int, dtype: str, noise: str) -> None:
     data = Data(shape, last, shift)

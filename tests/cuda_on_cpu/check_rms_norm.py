@@ -42,7 +42,6 @@ def both_rms_norms(
 
 
 @every_layout
-@pytest.mark.parametrize("dtype", FLOATS)
 def test_rms_norm_silu(shape: tuple[int, int, int], last: bool, shift: int, dtype: str) -> None:
     data = Data(shape, last, shift)
     if data.size == 0:

@@ -1,33 +1,19 @@
-"""How far apart two sets of samples are: energy distance and Frechet distance, in float64."""
+"""How far apart two sets of samples are by the distances between them: energy distance, nearest neighbours."""
 
 from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-FloatArray = np.ndarray[Any, np.dtype[np.float64]]
-
-_CHUNK_ELEMENTS = 1 << 22  # distances held at once: 32 MiB of float64
-
-
-def _as_rows(name: str, samples: Any) -> Tensor:
-    """Tensor or array (N, ...) -> float64 (N, D) on its own device."""
-    rows = torch.as_tensor(samples)
-    if rows.dim() < 2:
-        raise ValueError(f"{name} must have shape (N, ...) with at least two dimensions, got {tuple(rows.shape)}")
-    rows = rows.detach().flatten(1).to(torch.float64)
-    if not bool(torch.isfinite(rows).all()):
-        raise ValueError(f"{name} must be finite, got NaN or infinite values")
-    return rows
+from ._rows import as_rows, blocks
 
 
 def _distance_sum(x: Tensor, y: Tensor) -> float:
     """Sum of |x_i - y_j| over all pairs, a block of rows at a time."""
     total = torch.zeros((), dtype=torch.float64, device=x.device)
-    for block in x.split(max(1, _CHUNK_ELEMENTS // max(1, y.shape[0]))):
+    for block in blocks(x, y.shape[0]):
         # The matrix-product shortcut for distances cancels badly for near neighbours.
         total += torch.cdist(block, y, compute_mode="donot_use_mm_for_euclid_dist").sum()
     return float(total)
@@ -48,7 +34,7 @@ def energy_distance(x: Any, y: Any, *, unbiased: bool = False) -> float:
 
     Raises ValueError for shapes that do not match, too few samples, and NaN or infinite values.
     """
-    a, b = _as_rows("x", x), _as_rows("y", y)
+    a, b = as_rows("x", x), as_rows("y", y)
     if a.shape[1] != b.shape[1]:
         raise ValueError(f"y must have {a.shape[1]} elements a sample as x has, got {b.shape[1]}")
     least = 2 if unbiased else 1
@@ -77,7 +63,7 @@ def energy_ratio(samples: Any, real: Any, *, splits: int = 20, seed: int = 0) ->
         splits: how many random splits are summed over.
         seed: of the splits.
     """
-    a, b = _as_rows("samples", samples), _as_rows("real", real)
+    a, b = as_rows("samples", samples), as_rows("real", real)
     n, m = a.shape[0], b.shape[0]
     if a.shape[1] != b.shape[1]:
         raise ValueError(f"real must have {a.shape[1]} elements a sample, got {b.shape[1]}")
@@ -106,7 +92,7 @@ def nearest_distance(x: Any, y: Any) -> float:
     Beside `nearest_distance(real, real)` it tells copies from new samples. x (N, ...), y (M, ...);
     `y is x` (the same object) leaves the diagonal out.
     """
-    a, b = _as_rows("x", x), _as_rows("y", y)
+    a, b = as_rows("x", x), as_rows("y", y)
     if a.shape[1] != b.shape[1]:
         raise ValueError(f"y must have {a.shape[1]} elements a sample as x has, got {b.shape[1]}")
     same = x is y
@@ -116,67 +102,3 @@ def nearest_distance(x: Any, y: Any) -> float:
     if same:
         distances.fill_diagonal_(torch.inf)
     return float(distances.min(dim=1).values.mean())
-
-
-class FeatureStatistics:
-    """Mean and covariance of feature vectors that come a batch at a time, in float64 (Chan et al. 1979).
-
-    `count`, `mean` (D,), `covariance` (D, D), the unbiased one; NumPy arrays.
-    """
-
-    def __init__(self) -> None:
-        self.count = 0
-        self.mean: FloatArray = np.zeros(0)
-        self._scatter: FloatArray = np.zeros((0, 0))  # sum of (f - mean) (f - mean)^T
-
-    def update(self, features: Any) -> None:
-        """features (N, D), finite. Nothing is kept of a batch but its sums, taken about its own mean."""
-        rows = _as_rows("features", features).cpu().numpy()
-        if self.count == 0:
-            self.mean, self._scatter = np.zeros(rows.shape[1]), np.zeros((rows.shape[1],) * 2)
-        if rows.shape[1] != len(self.mean):
-            raise ValueError(f"features must have {len(self.mean)} elements a sample as before, got {rows.shape[1]}")
-        if len(rows) == 0:
-            return
-        mean = rows.mean(0)
-        around = rows - mean
-        apart, whole = mean - self.mean, self.count + len(rows)
-        self._scatter += around.T @ around + np.outer(apart, apart) * (self.count * len(rows) / whole)
-        self.mean = self.mean + apart * (len(rows) / whole)
-        self.count = whole
-
-    @property
-    def covariance(self) -> FloatArray:
-        if self.count < 2:
-            raise ValueError(f"a covariance needs at least 2 samples, got {self.count}")
-        return self._scatter / (self.count - 1)
-
-
-def frechet_distance(mu1: Any, sigma1: Any, mu2: Any, sigma2: Any) -> float:
-    """Squared Frechet distance between N(mu1, sigma1) and N(mu2, sigma2) (Dowson and Landau 1982), in float64:
-
-        |mu1 - mu2|^2 + tr(sigma1) + tr(sigma2) - 2 tr((sigma1 sigma2)^(1/2))
-
-    Of Inception features it is the FID (Heusel et al. 2017). The last trace is the sum of the square roots of the
-    eigenvalues of s sigma2 s, s = sigma1^(1/2): symmetric, so that singular matrices (fewer samples than dimensions)
-    need no care.
-
-    Args:
-        mu1, mu2: (D,).
-        sigma1, sigma2: (D, D), symmetric, with no negative eigenvalues but by rounding.
-    """
-    means = [np.asarray(mu, np.float64) for mu in (mu1, mu2)]
-    sigmas = [np.asarray(sigma, np.float64) for sigma in (sigma1, sigma2)]
-    d = means[0].size
-    for i, (mu, sigma) in enumerate(zip(means, sigmas, strict=True), 1):
-        if mu.shape != (d,) or sigma.shape != (d, d):
-            raise ValueError(
-                f"mu{i} and sigma{i} must have shapes ({d},) and ({d}, {d}), got {mu.shape} and {sigma.shape}"
-            )
-        if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
-            raise ValueError(f"mu{i} and sigma{i} must be finite, got NaN or infinite values")
-    values, vectors = np.linalg.eigh(sigmas[0])
-    root = (vectors * np.sqrt(values.clip(min=0))) @ vectors.T
-    shared = np.sqrt(np.linalg.eigvalsh(root @ sigmas[1] @ root).clip(min=0)).sum()
-    apart = means[0] - means[1]
-    return float(apart @ apart + np.trace(sigmas[0]) + np.trace(sigmas[1]) - 2 * shared)

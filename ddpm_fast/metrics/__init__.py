@@ -1,0 +1,26 @@
+"""How far apart two sets of samples are, and how well a model explains data; all sums in float64.
+
+Of samples themselves: `energy_distance`, `energy_ratio`, `nearest_distance`. Of features of them: `frechet_distance`
+with `FeatureStatistics`, `kid`, `precision_recall`. Of a model: `bits_per_dim`.
+"""
+
+from .bits import Bits, bits_per_dim
+from .energy import energy_distance, energy_ratio, nearest_distance
+from .frechet import FeatureStatistics, frechet_distance
+from .kid import Kid, kernel_distance, kid
+from .precision_recall import PrecisionRecall, precision_recall
+
+__all__ = [
+    "Bits",
+    "FeatureStatistics",
+    "Kid",
+    "PrecisionRecall",
+    "bits_per_dim",
+    "energy_distance",
+    "energy_ratio",
+    "frechet_distance",
+    "kernel_distance",
+    "kid",
+    "nearest_distance",
+    "precision_recall",
+]
