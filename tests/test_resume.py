@@ -208,6 +208,38 @@ def test_signals(tmp_path, name):
     assert bits_of(run) == bits_of(whole)
 
 
+WITH_WORKERS = """
+import os, signal, sys
+import torch
+from ddpm_fast import Schedule, Trainer, UNet
+
+class Pictures(torch.utils.data.Dataset):
+    def __len__(self):
+        return 2000
+    def __getitem__(self, index):
+        return torch.full((1, 8, 8), index % 255, dtype=torch.uint8)
+
+class ToAll:
+    def on_step(self, trainer, report):
+        if report.step == 3:
+            os.killpg(0, signal.SIGTERM)
+
+run = Trainer(UNet(1, 8, width=4, depth=1), Schedule.linear(10), Pictures(), out=sys.argv[1], batch_size=8, workers=1)
+run.callbacks.append(ToAll())
+run.train()
+print(run.stopped, run.images_seen)
+"""
+
+
+def test_a_signal_to_all_processes(tmp_path):
+    """As a batch system sends it: those that read data leave it to the one that trains, and end with it."""
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
+    command = [sys.executable, "-c", WITH_WORKERS, str(tmp_path)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, start_new_session=True)
+    assert (done.returncode, done.stdout) == (0, "SIGTERM 24\n"), done.stderr
+    assert files(tmp_path) == [checkpoints.file_name(24)]
+
+
 def test_a_second_ctrl_c_takes_effect_at_once(tmp_path):
     run = trainer(tmp_path, images=SHORT, save_every=None)
 
