@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
@@ -68,6 +70,11 @@ def _module(command: str) -> str:
     return "evaluate" if command == "eval" else command
 
 
+def _warn(command: str, message: Warning | str, category: type[Warning], *place: Any) -> None:
+    """A warning as one line, without the line of code that it came from."""
+    print(f"ddpm-fast {command}: warning: {' '.join(str(message).split())}", file=sys.stderr)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command line (default: the process's own) and returns its exit code."""
     argv = sys.argv[1:] if argv is None else argv
@@ -76,7 +83,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as stop:  # argparse ends the process itself; a caller wants the code
         return stop.code if isinstance(stop.code, int) else USAGE
     try:
-        return int(arguments.run(arguments))
+        with warnings.catch_warnings():
+            warnings.showwarning = functools.partial(_warn, arguments.command)
+            return int(arguments.run(arguments))
     except BrokenPipeError:  # whoever read our output has gone, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

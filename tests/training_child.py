@@ -2,9 +2,9 @@
 
     python training_child.py FOLDER SEED
 
-trains once without interruption into FOLDER/whole, and once into FOLDER/killed, where one life after the other ends with
-SIGKILL at moments drawn from SEED: some after a random number of steps, some inside a save. It prints what happened,
-as JSON. The lives are forks of one process, which has torch imported and has never used a second thread.
+trains once without interruption into FOLDER/whole, and once into FOLDER/killed, where one life after the other ends
+with SIGKILL at moments drawn from SEED: some after a random number of steps, some inside a save. It prints what
+happened, as JSON. The lives are forks of one process, which has torch imported and has never used a second thread.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from ddpm_fast.training import Trainer, checkpoints, tensor_file
 
 KILLS = 20
 BATCH = 8
-STEPS = 90
+STEPS = 80
 SAVED = 3  # steps from save to save
 PLACES = ("in the file", "before it is synced", "before it is renamed", "after it is renamed", "before the oldest goes")
 
@@ -169,16 +169,17 @@ def live_and_die(out: Path, place: str | None, steps: int, chance: random.Random
     """A life that ends in the given place of its first save or the one after, or some moment after so many steps."""
     life = Life(out, place, chance.randrange(2))
     done, reached = 0, None
+    before = now = time.perf_counter()
     while reached is None and (place is not None or done < steps):
         heard = os.read(life.heard, 1)
         if not heard:
             break
         if heard[0] == 1:
-            done += 1
+            done, before, now = done + 1, now, time.perf_counter()
         else:
             reached = PLACES[heard[0] - 100]
     if reached is None:
-        time.sleep(chance.random() * 0.02)
+        time.sleep(chance.random() * (now - before))  # anywhere in the next step, or in the save before it
     os.kill(life.pid, signal.SIGKILL)
     _, status = os.waitpid(life.pid, 0)
     os.close(life.heard)
@@ -198,7 +199,7 @@ def main(folder: Path, seed: int) -> None:
     trainer(folder / "whole").train()
     places = [*PLACES, *PLACES, *[None] * (KILLS - 2 * len(PLACES))]
     chance.shuffle(places)
-    lives = [live_and_die(folder / "killed", place, chance.randrange(1, 10), chance) for place in places]
+    lives = [live_and_die(folder / "killed", place, chance.randrange(2, 8), chance) for place in places]
     trainer(folder / "killed").train()
     print(json.dumps(lives))
 

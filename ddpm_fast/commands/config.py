@@ -56,7 +56,9 @@ class Data:
     data_path: str | None = _option(None, "where the files of a named data set are", path=True)
     image_size: int | None = _option(None, "height and width to bring images to, pixels", least=1)
     channels: int | None = _option(None, "1 grey, 3 colour; none: what the images have", least=1)
-    fit: str = _option("crop", "how an image of another shape is brought to the size", choices=("crop", "stretch"))
+    fit: str = _option(
+        "crop", "how an image of another shape is brought to the size", choices=("crop", "stretch", "pad")
+    )
     split: str = _option("train", "part of the data set", choices=("train", "test"))
     labels: bool | str = _option(AUTO, "class-conditional; auto: where data and model have classes", choices=(AUTO,))
     flip: bool = _option(False, "mirror every other image, left to right")
@@ -109,7 +111,7 @@ class Training:
     weight_decay: float = _option(0.0, "of AdamW", least=0)
     warmup: int = _option(0, "images over which the learning rate rises", least=0)
     lr_schedule: str = _option("constant", "of the learning rate", choices=("constant", "cosine"))
-    accumulate: int = _option(1, "parts that a batch is cut into to save memory", least=1)
+    accumulate: int = _option(1, "parts that a batch is cut into to save memory", least=1, may_change=True)
     max_grad_norm: float | None = _option(1.0, "gradients are scaled down to this norm")
     precision: str | None = _option(
         AUTO, "auto: bf16 where the hardware multiplies it; none: float32", choices=(AUTO, "bf16", "fp16")
@@ -117,8 +119,9 @@ class Training:
     ema: float | None = _option(
         0.9999, "decay of the average of the weights that samples are drawn from", least=0, most=1
     )
-    channels_last: bool = _option(True, "memory format of the images")
-    compile: bool = _option(False, "torch.compile the model")
+    ema_power: float | None = _option(0.75, "how fast that decay is reached; none: at once")
+    channels_last: bool = _option(True, "memory format of the images", may_change=True)
+    compile: bool = _option(False, "torch.compile the model", may_change=True)
     sync_batchnorm: bool = _option(False, "BatchNorm over the whole batch and all processes")
     seed: int = _option(0, "of everything drawn", least=0, most=2**63 - 1)
     device: str = _option(AUTO, "auto (CUDA if there is one), cpu, cuda or cuda:N", may_change=True)
@@ -131,7 +134,7 @@ class Sampling:
     sample_every: int | str | None = _option(
         AUTO, "images between two grids; auto: a tenth of all", choices=(AUTO,), least=1, may_change=True
     )
-    sample_rows: int = _option(8, "of a grid", least=1, most=64, may_change=True)
+    sample_rows: int = _option(4, "of a grid", least=1, most=64, may_change=True)
     sample_steps: int = _option(50, "DDIM steps", least=1, may_change=True)
     sample_guidance: float = _option(1.0, "of class-conditional models", may_change=True)
 

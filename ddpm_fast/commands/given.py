@@ -172,6 +172,14 @@ def check_unchanged(given: Given, saved: Config, place: Path) -> None:
         )
 
 
+def without_auto(given: Given) -> Given:
+    """Without the fields that are left to be decided, and that a saved run has decided."""
+    return {
+        section: {k: v for k, v in fields.items() if v != AUTO or FIELDS[section][k].may_change}
+        for section, fields in given.items()
+    }
+
+
 def _listed(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 

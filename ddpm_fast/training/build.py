@@ -14,20 +14,21 @@ from .data import Data
 from .ema import EMA
 from .generators import lent
 from .objective import Objective
+from .processes import launched
 from .settings import Settings
 from .weights import loss_weights
 
 
 def device_for(model: nn.Module, asked: torch.device | str | None) -> torch.device:
-    """As asked, else where the model is, else the current GPU where there is one. With its number."""
+    """As asked, else where the model is, else CUDA where there is any. A model that several processes have made on one
+    GPU says only that it is to be a GPU: which one is a matter of their ranks.
+    """
     own = device_of(model) or torch.device("cpu")
     if asked is not None:
-        own = torch.device(asked)
-    elif own.type == "cpu" and torch.cuda.is_available():
-        own = torch.device("cuda")
-    if own.type == "cuda" and own.index is None:
-        return torch.device("cuda", torch.cuda.current_device())
-    return own
+        return torch.device(asked)
+    if own.type == "cpu" and torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device(own.type) if launched() > 1 else own
 
 
 def adamw(parameters: list[nn.Parameter], settings: Settings) -> torch.optim.Optimizer:

@@ -116,8 +116,9 @@ def _checkpoint(path: Path, header: tensor_file.Header) -> Checkpoint:
     return Checkpoint(path, tuple(header.entries), {}, state, config, metadata.get("checksum", ""))
 
 
-def newest_first(folder: str | os.PathLike[str]) -> list[Checkpoint]:
-    """Headers of the checkpoints in a folder, by images seen; whatever their names. Warns of the files that are none.
+def newest_first(folder: str | os.PathLike[str], *, quiet: bool = False) -> list[Checkpoint]:
+    """Headers of the checkpoints in a folder, by images seen, whatever their names. Unless `quiet`, warns of the files
+    that are none.
 
     Raises NewerFormat: to pass over such a file would throw away what it holds.
     """
@@ -126,7 +127,8 @@ def newest_first(folder: str | os.PathLike[str]) -> list[Checkpoint]:
         try:
             found.append(read_header(path))
         except BrokenFile as error:
-            warnings.warn(f"{error}; it is passed over", stacklevel=3)
+            if not quiet:
+                warnings.warn(f"{error}; it is passed over", stacklevel=3)
         except FileNotFoundError:
             pass  # another process has taken it away meanwhile
     return sorted(found, key=lambda checkpoint: checkpoint.images_seen, reverse=True)
@@ -158,7 +160,7 @@ def prune(folder: str | os.PathLike[str], keep: int, *, good: Path | None = None
     """
     if keep < 1:
         raise ValueError(f"keep must be at least 1, got {keep}")
-    found = newest_first(folder)
+    found = newest_first(folder, quiet=True)
     if len(found) <= keep:
         return
     if good is None:

@@ -51,7 +51,7 @@ class Objective:
         offset_noise: float = 0.0,
         weights: Tensor | None = None,
         label_dropout: float = 0.0,
-        null_label: int | None = None,
+        null_label: Any = None,
         self_condition: bool = False,
         clip: bool = True,
         flip: bool = False,
@@ -105,7 +105,10 @@ class Objective:
         x_t = ops.q_sample(x0, t, self._table, rng=rng, dtype=self.dtype, **self._noise)
         return x_t, {"target": self.prediction, "x0": x0, "t": t, "table": self._table, "rng": rng, **self._noise}
 
-    def _predict(self, model: Callable[..., Any], x_t: Tensor, t: Tensor, labels: Tensor | None, told: bool) -> Tensor:
+    def predict(
+        self, model: Callable[..., Any], x_t: Tensor, t: Tensor, labels: Tensor | None, told: bool = False
+    ) -> Tensor:
+        """What the network makes of x_t, after its own estimate of x0 where it is `told` that."""
         given = (x_t, t) if labels is None else (x_t, t, labels)
         if not self.self_condition:
             return _output(model(*given), x_t)

@@ -67,11 +67,18 @@ class World:
         interpreter ends, or by `close`.
 
         Args:
-            device: None is CUDA where there is any, else the CPU. "cuda" without a number is the GPU of the local rank.
+            device: None is CUDA where there is any, else the CPU. "cuda" without a number is the GPU of the local rank,
+                in one process the current one.
 
         Raises ValueError for variables that are missing or contradict each other, and for a GPU that is not there.
         """
         rank, size, local_rank = _identity(os.environ)
+        if size == 1 and os.environ.get("ACCELERATE_USE_CPU") == "True" and "MASTER_ADDR" in os.environ:
+            warnings.warn(
+                "accelerate launch --cpu starts one process on a machine, however many were asked for; use "
+                "torchrun --nproc-per-node N, or accelerate launch --multi_gpu --num_processes N",
+                stacklevel=2,
+            )
         world = cls(rank, size, local_rank, _device(device, local_rank, size))
         if size > 1:
             _join(world)
@@ -138,6 +145,20 @@ class World:
                 f"process {self.rank} of {self.size} cannot go on: another one has stopped; its own message says why"
             ) from error
 
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """An error inside ends all processes: this one leaves the group, and what the others wait for raises
+        `LostContact`. FloatingPointError is left to the caller: all of them have come to it.
+        """
+        try:
+            with self.contact():
+                yield
+        except FloatingPointError:
+            raise
+        except BaseException:
+            self.close()
+            raise
+
     def close(self) -> None:
         """Leaves the process group, if `from_environment` made it: whoever waits for this process gets an error."""
         if self.size > 1:
@@ -151,6 +172,11 @@ class World:
         return self.device
 
 
+def launched() -> int:
+    """How many processes a launcher has started, as the environment says; 1 without a launcher."""
+    return _identity(os.environ)[1]
+
+
 def _distributed() -> Any:
     import torch.distributed
 
@@ -162,12 +188,6 @@ def _distributed() -> Any:
 def _identity(environment: Mapping[str, str]) -> tuple[int, int, int]:
     """(rank, size, local rank)."""
     if "RANK" not in environment and "WORLD_SIZE" not in environment:
-        if environment.get("ACCELERATE_USE_CPU") == "True" and "MASTER_ADDR" in environment:
-            warnings.warn(
-                "accelerate launch --cpu starts one process on a machine, however many were asked for; use "
-                "torchrun --nproc-per-node N, or accelerate launch --multi_gpu --num_processes N",
-                stacklevel=3,
-            )
         return 0, 1, 0
     numbers = {}
     for name, otherwise in (("WORLD_SIZE", None), ("RANK", None), ("LOCAL_RANK", environment.get("RANK"))):
@@ -185,8 +205,10 @@ def _identity(environment: Mapping[str, str]) -> tuple[int, int, int]:
 
 def _device(asked: torch.device | str | None, local_rank: int, size: int) -> torch.device:
     device = torch.device(asked if asked is not None else "cuda" if torch.cuda.is_available() else "cpu")
-    if device.type != "cuda" or size == 1:
+    if device.type != "cuda":
         return device
+    if size == 1:
+        return device if device.index is not None else torch.device("cuda", torch.cuda.current_device())
     index = local_rank if device.index is None else device.index
     if index >= torch.cuda.device_count():
         raise ValueError(

@@ -1,20 +1,26 @@
-"""Where a run's checkpoints are kept, whether one of them is of this run, and signals that end a run in good order."""
+"""Where a run's checkpoints are kept, when they are written, whether one of them is of this run; and signals."""
 
 from __future__ import annotations
 
 import contextlib
 import signal
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from . import checkpoints
 from .checkpoints import Checkpoint
 
+if TYPE_CHECKING:
+    from .steps import Steps
+
+SECONDS = 600.0  # between checkpoints, where no number of images is given
 _MISSING = object()
 
 
@@ -40,9 +46,9 @@ def noticed() -> Iterator[Stops]:
     ours = []
     if threading.current_thread() is threading.main_thread():
         ours = [number for number, handler in defaults.items() if signal.getsignal(number) is handler]
-    for number in ours:
-        signal.signal(number, note)
     try:
+        for number in ours:
+            signal.signal(number, note)
         yield stops
     finally:
         for number in ours:
@@ -50,22 +56,24 @@ def noticed() -> Iterator[Stops]:
 
 
 class RunFolder:
-    """The checkpoints of a run: OUT/checkpoints.
+    """The checkpoints of a run, in OUT/checkpoints.
 
-    keep: how many stay. Nothing is made or changed before `prepare`.
+    Args:
+        out: the run's folder. Nothing is made or changed before `prepare`.
+        keep: how many checkpoints stay.
+        every: images from one to the next; None: ten minutes.
     """
 
-    def __init__(self, out: Path, keep: int) -> None:
-        self.folder, self.keep = out / checkpoints.FOLDER, keep
+    def __init__(self, out: Path, keep: int, every: int | None) -> None:
+        self.folder, self.keep, self.every = out / checkpoints.FOLDER, keep, every
         self.last: Path | None = None
-        """The checkpoint written or read last."""
+        """The checkpoint that was written or taken up last."""
+        self._at, self._when = 0, time.monotonic()  # images seen and time of the last one, or of the beginning
 
     def newest(self) -> Checkpoint | None:
         """The newest whole checkpoint, tensors on the CPU; broken ones are passed over with a warning. None before the
         first one is written; ValueError where there are some and none is whole, for to start over would lose them.
         """
-        if not self.folder.is_dir():
-            return None
         for found in checkpoints.whole(self.folder):
             return found
         if any(self.folder.glob("*.safetensors")):
@@ -73,6 +81,15 @@ class RunFolder:
                 f"none of the checkpoints in {self.folder} is whole (see the warnings); move them away to start over"
             )
         return None
+
+    def check_new(self) -> None:
+        """ValueError where there are checkpoints: those of a run that starts over would be taken for theirs."""
+        found = checkpoints.newest_first(self.folder)
+        if found:
+            raise ValueError(
+                f"{self.folder} holds a run of {found[0].images_seen} images already; go on with it (resume=True), or "
+                "use another folder"
+            )
 
     def prepare(self) -> None:
         """Makes the folder and deletes what a killed run was writing. OSError naming it where that is not allowed."""
@@ -83,15 +100,86 @@ class RunFolder:
             probe.touch()
             probe.unlink()
         except OSError as error:
-            raise type(error)(error.errno, f"cannot write to {self.folder}: {error.strerror}") from None
+            raise OSError(error.errno, f"cannot write to {self.folder}: {error.strerror}") from None
+
+    def is_due(self, images_seen: int) -> bool:
+        """Whether it is time for a checkpoint."""
+        if self.every is None:
+            return time.monotonic() - self._when >= SECONDS
+        return images_seen // self.every > self._at // self.every
+
+    def is_saved(self, images_seen: int) -> bool:
+        """Whether the checkpoint after so many images was the last to be written or taken up."""
+        return self.last == self.path(images_seen)
+
+    def took(self, path: Path, images_seen: int) -> None:
+        """A checkpoint was written or taken up: what `is_due` counts from."""
+        self.last, self._at, self._when = path, images_seen, time.monotonic()
+
+    def path(self, images_seen: int) -> Path:
+        """Of the checkpoint after so many images."""
+        return self.folder / checkpoints.file_name(images_seen)
 
     def write(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any], config: Mapping[str, Any]) -> Path:
         """A new checkpoint; the oldest ones go when it is on the disk."""
-        path = self.folder / checkpoints.file_name(state["images_seen"])
+        path = self.path(state["images_seen"])
         checkpoints.write(path, tensors, state, config)
-        self.last = path
+        self.took(path, state["images_seen"])
         checkpoints.prune(self.folder, self.keep, good=path)
         return path
+
+
+def config_of(trainer: Steps, *, own: bool) -> dict[str, Any]:
+    """What a run is, ready for JSON: {"network", "schedule", "training", "data"}; it decides the run's result.
+
+    own: whether the optimiser is the user's own; its learning rates then count, and not the settings'.
+    """
+    schedule, data, optimizer = trainer.schedule, trainer.data, trainer.optimizer
+    training = {**trainer.settings.deciding(), "optimizer": type(optimizer).__name__}
+    if own:
+        training["lr"] = [float(group["lr"]) for group in optimizer.param_groups]
+    return {
+        "network": checkpoints.network_config(trainer.model),
+        "schedule": {"label": repr(schedule), "T": len(schedule.betas)},
+        "training": training,
+        "data": {
+            "name": data.name,
+            "shape": list(data.shape),
+            "dtype": str(data.dtype).removeprefix("torch."),
+            "num_classes": data.num_classes,
+            "images": len(data),
+            "fingerprint": data.fingerprint(),
+        },
+    }
+
+
+def open_run(trainer: Steps, run: RunFolder, config: Mapping[str, Any]) -> None:
+    """Lets a new trainer go on from the newest checkpoint in its folder, if it is to, and makes the folder ready.
+
+    Process 0 looks for it, writes and deletes; the others read the file that it has chosen.
+    """
+    world = trainer.world
+    if trainer.settings.resume:
+        newest = run.newest() if world.is_main else None
+        path = world.from_main(None if newest is None else newest.path)
+        if path is not None:
+            newest = newest or checkpoints.read(path)
+            take(trainer, newest, config)
+            run.took(path, newest.images_seen)
+    elif world.is_main:
+        run.check_new()
+    if world.is_main:
+        run.prepare()
+    world.barrier()
+
+
+def take(trainer: Steps, found: Checkpoint, config: Mapping[str, Any]) -> None:
+    """Lets a trainer go on from a checkpoint. ValueError, before anything has changed, where it is of another run."""
+    check_same(found, config, torch.from_numpy(trainer.schedule.betas.copy()))
+    checkpoints.check_fits(found.part("model"), trainer.model.state_dict(), found.path)
+    if trainer.ema is not None:
+        checkpoints.check_fits(found.part("ema"), trainer.ema.ema_model.state_dict(), found.path)
+    trainer.load_state(found.tensors, found.state)
 
 
 def check_same(found: Checkpoint, now: Mapping[str, Any], betas: Tensor) -> None:
@@ -113,11 +201,7 @@ def check_same(found: Checkpoint, now: Mapping[str, Any], betas: Tensor) -> None
 
 
 def _differences(
-    part: str,
-    before: Mapping[str, Any],
-    now: Mapping[str, Any],
-    inner: str | None = None,
-    ignored: tuple[str, ...] = (),
+    part: str, before: Mapping[str, Any], now: Mapping[str, Any], *, inner: str = "", ignored: str = ""
 ) -> list[str]:
     """ "name was x, is y" for every value of a part that differs, and for those of a dict `inner` in it."""
     old, new = before.get(part) or {}, now[part]

@@ -134,7 +134,7 @@ class Settings:
     def _check_share(name: str, value: Any) -> None:
         if value is None and name in _OPTIONAL:
             return
-        if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise TypeError(f"{name} must be a number, got {value!r}")
         if not 0 <= value <= 1:
             raise ValueError(f"{name} must be in 0..1, got {value}")

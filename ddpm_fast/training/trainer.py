@@ -5,25 +5,19 @@ from __future__ import annotations
 import dataclasses
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from ..noise import make_rng
 from ..sampler import Sampler
 from ..schedule import Schedule
-from . import build, learning_rate, streams
-from .data import as_data, prefetch
-from .generators import lent
-from .loop import check_precision, uninterrupted
+from . import checkpoints
+from .loop import uninterrupted
+from .resume import RunFolder, config_of, noticed, open_run, take
 from .settings import Settings
-from .state import load_network_state, load_optimizer_state, network_state, optimizer_state
-from .update import Update
-
-MakeOptimizer = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
+from .steps import MakeOptimizer, Steps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +32,7 @@ class StepReport:
     seconds: float
 
 
-class Trainer:
+class Trainer(Steps):
     """Trains `model` to denoise, from (seed, number of images seen) alone: stopped anywhere and continued, it ends with
     the same weights.
 
@@ -62,23 +56,26 @@ class Trainer:
         accumulate: micro-batches a step.
         max_grad_norm: the gradient is scaled down to this norm; None leaves it.
         precision: None (as the model is), "bf16" or "fp16" (CUDA; the loss is scaled): autocast.
-        ema, ema_power: the average of the weights: decay min(ema, 1 - (1 + n)^-ema_power) at step n, so that it does not
-            hold on to the beginning (ema_power=None: ema from the first step on). ema=None: no average. Buffers are
-            copied.
+        ema, ema_power: the average of the weights: decay min(ema, 1 - (1 + n)^-ema_power) at step n, so that it does
+            not hold on to the beginning (ema_power=None: ema at once). ema=None: no average. Buffers are copied.
         channels_last: memory format of the network and its images (N, C, H, W).
         compile: torch.compile the network.
         sync_batchnorm: batch statistics over all processes; otherwise they are each micro-batch's own.
         seed: of everything that is drawn; torch's generators are left as they were.
         device: None: where the model is, or where that is a CPU but there is CUDA, the current GPU.
         workers: processes that read images; None: as many as help.
-        save_every, keep: images between checkpoints, and how many of them stay.
-        resume: whether to go on from the newest checkpoint in `out`.
+        save_every, keep: images between checkpoints (None: ten minutes), and how many of them stay.
+        resume: whether to go on from the newest checkpoint in `out`; False wants a folder without any. Broken ones are
+            passed over with a warning. A run goes on with the model, data and settings it was started with: images (but
+            for "cosine"), save_every, keep, workers, device, compile, channels_last and accumulate may change.
 
-    Attributes: images_seen, steps_done, model, ema (an `EMA` or None), optimizer, schedule, data, settings, device;
-    callbacks, a list of objects with any of on_start(trainer), on_step(trainer, StepReport), on_save(trainer, path) and
-    on_end(trainer).
+    Attributes: images_seen, steps_done, model, ema (an `EMA` or None), optimizer, schedule, data, settings, device,
+    world (a `World`), objective, out; stopped: None, or the signal that ended `train`; callbacks: a list of objects
+    with any of on_start(trainer), on_step(trainer, StepReport), on_save(trainer, path) and on_end(trainer), called in
+    process 0.
 
-    Raises ValueError and TypeError for bad arguments, before anything is changed.
+    Raises ValueError and TypeError for bad arguments, before anything is changed; ValueError for a checkpoint in `out`
+    of another run, OSError where `out` cannot be written.
     """
 
     def __init__(
@@ -123,56 +120,42 @@ class Trainer:
         resume: bool = True,
     ) -> None:
         given = locals()
-        self.settings = Settings(**{field.name: given[field.name] for field in dataclasses.fields(Settings)})
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-        if not isinstance(schedule, Schedule):
-            raise TypeError(f"schedule must be a ddpm_fast.Schedule, got {type(schedule).__name__}")
-        self.schedule, self.data = schedule, as_data(data)
+        chosen = {field.name: given[field.name] for field in dataclasses.fields(Settings)}
+        super().__init__(model, schedule, data, Settings(**chosen), optimizer=optimizer, device=device)
         self.out = None if out is None else Path(out)
-        self.settings.check_shares(1)
-        self.device = build.device_for(model, device)
-        check_precision(precision, self.device)
-        self._conditional = build.check(model, schedule, self.data, self.settings)
-
-        self.model = model.to(self.device)
-        self._channels_last = channels_last and len(self.data.shape) == 3
-        if self._channels_last:
-            self.model.to(memory_format=torch.channels_last)
-        self.objective = build.objective_for(self.model, schedule, self.data, self.settings, self.device)
-        build.probe(self.model, self.data, self.objective, self.device, self._conditional)
-        parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        self.optimizer = build.adamw(parameters, self.settings) if optimizer is None else optimizer(parameters)
-        self._base_lrs = [float(group["lr"]) for group in self.optimizer.param_groups]
-        self._update = Update(
-            parameters, self.optimizer, device=self.device, max_grad_norm=max_grad_norm, precision=precision
-        )
-        self.ema = build.average(self.model, self.settings)
-        self._network: Callable[..., Any] = torch.compile(self.model) if compile else self.model
-
-        self.images_seen = self.steps_done = 0
         self.stopped: str | None = None
         self.callbacks: list[Any] = []
-        self._order = streams.Order(seed, len(self.data))
-        self._rng = make_rng(seed, 0, self.device)
-        self._position = self._rng[1]  # of the first image of a micro-batch, written without waiting for the device
-        self._batches: Iterator[Tensor] | None = None
+        self._config = config_of(self, own=optimizer is not None)
+        self._run = None if self.out is None else RunFolder(self.out, keep, save_every)
+        if self._run is not None:
+            open_run(self, self._run, self._config)
 
     # -- training -----------------------------------------------------------------------------------------------------
 
     def train(self, until: int | None = None) -> None:
-        """Steps until `images` (or `until`, if that is less) images have been seen.
+        """Steps until `images` (or `until`, if that is less) images have been seen; saves from time to time, and then.
 
-        Ctrl-C takes effect between two steps (a second one at once): everything then belongs together, and `train` goes
-        on from there. FloatingPointError names the step whose loss or gradient was not finite.
+        SIGTERM and Ctrl-C (to any of the processes) wait until the step is taken and saved; `stopped` then names the
+        signal, and after Ctrl-C KeyboardInterrupt follows. A second Ctrl-C takes effect at once. Raises
+        FloatingPointError, naming the step and the last checkpoint, if the loss or gradient was not finite; OSError if
+        a checkpoint cannot be written: those that are there stay, and `train` and `save` may be called again.
         """
         goal = self.settings.images if until is None else min(until, self.settings.images)
+        self.stopped = None
         self._call("on_start")
         try:
-            while self.images_seen < goal:
-                self.step()
+            with noticed() as stops:
+                while self.images_seen < goal and not self.world.any(stops.asked is not None):
+                    self.step()
+                    self._save_if_due()
+                if self._run is not None:
+                    self._save(self._run)
+                if self.world.any(stops.asked is not None):
+                    self.stopped = "SIGINT" if self.world.any(stops.asked == "SIGINT") else "SIGTERM"
         finally:
             self._call("on_end")
+        if self.stopped == "SIGINT":
+            raise KeyboardInterrupt
 
     def step(self) -> float:
         """One step of the optimiser; the loss, mean over the batch.
@@ -183,101 +166,61 @@ class Trainer:
         began, report = time.perf_counter(), None
         try:
             with uninterrupted():
-                lr = self._set_learning_rate()
-                try:
-                    loss, norm = self._update.apply(self._forward_backward())
-                except FloatingPointError as error:
-                    raise FloatingPointError(self._diverged(error)) from None
-                finally:
-                    self.optimizer.zero_grad()  # after an error, too: the next step starts from none
-                self._finish_step()
+                loss, lr, norm = self.take_step()
                 report = StepReport(self.images_seen, self.steps_done, loss, lr, norm, time.perf_counter() - began)
         finally:
-            if report is None:
-                self._batches = None  # they are ahead of a step that was not taken
-            else:
+            if report is not None:
                 self._call("on_step", report)
-        return report.loss
+        return loss
 
-    def _forward_backward(self) -> Tensor:
-        """Gradients into the parameters; the mean loss."""
-        size, first = self.settings.batch_size // self.settings.accumulate, self.images_seen
-        told = self.objective.self_condition and streams.batch_coin(self.settings.seed, first, 0.5)
-        if not self.model.training:
-            self.model.train()
-        if self._batches is None:
-            self._batches = prefetch(self.data, self._indices(first), self.settings.workers)
-        total = None
-        with lent(self.device) as reseed:
-            for position in self._micro_batches(first):
-                images = self._to_device(next(self._batches))
-                if self._channels_last:
-                    images = images.contiguous(memory_format=torch.channels_last)
-                labels = self._labels(position, size)
-                self._position.fill_(position)
-                reseed(streams.dropout_seed(self.settings.seed, position))
-                with self._update.autocast():
-                    loss = self.objective(self._network, images, labels, self._rng, told) / self.settings.accumulate
-                self._update.backward(loss)
-                total = loss.detach() if total is None else total + loss.detach()
-        assert total is not None
-        return total
-
-    def _finish_step(self) -> None:
-        if self.ema is not None:
-            self.ema.update()
-        self.images_seen += self.settings.batch_size
-        self.steps_done += 1
-
-    def _set_learning_rate(self) -> float:
-        """Of the step to come, into the optimiser; that of the first group."""
-        chosen = self.settings
-        factor = learning_rate.factor(
-            self.images_seen, images=chosen.images, warmup=chosen.warmup, schedule=chosen.lr_schedule
-        )
-        for group, base in zip(self.optimizer.param_groups, self._base_lrs, strict=True):
-            if isinstance(group["lr"], Tensor):
-                group["lr"].fill_(factor * base)
-            else:
-                group["lr"] = factor * base
-        return factor * self._base_lrs[0]
-
-    def _diverged(self, error: FloatingPointError) -> str:
-        return (
-            f"training stopped at step {self.steps_done + 1} (after {self.images_seen} images): {error}; the weights are "
-            f"those of step {self.steps_done}. Try a lower lr, warmup, or bf16 instead of fp16"
-        )
+    def _saved_last(self) -> str:
+        return "" if self._run is None or self._run.last is None else f", the last checkpoint is {self._run.last}"
 
     def _call(self, event: str, *arguments: Any) -> None:
+        if not self.world.is_main:
+            return
         for callback in self.callbacks:
             function = getattr(callback, event, None)
             if function is not None:
                 function(self, *arguments)
 
-    # -- what a step is made of ---------------------------------------------------------------------------------------
+    # -- checkpoints --------------------------------------------------------------------------------------------------
 
-    def _micro_batches(self, first: int) -> range:
-        """The position at which each micro-batch of the step begins."""
-        return range(first, first + self.settings.batch_size, self.settings.batch_size // self.settings.accumulate)
+    def save(self) -> Path:
+        """Writes a checkpoint into the run's folder, OUT/checkpoints; its path. The oldest beyond `keep` go.
 
-    def _indices(self, first: int) -> Iterator[Tensor]:
-        """Of the images of each micro-batch, from a step on and without end."""
-        size = self.settings.batch_size // self.settings.accumulate
-        while True:
-            for position in self._micro_batches(first):
-                yield self._order.indices(position, size)
-            first += self.settings.batch_size
+        Process 0 writes, from its own buffers; the others wait. Raises ValueError without `out`, and OSError if it
+        cannot be written: those that are there stay.
+        """
+        if self._run is None:
+            raise ValueError("this Trainer has no folder to save in; give it one: Trainer(..., out=)")
+        return self._save(self._run, again=True)
 
-    def _labels(self, position: int, count: int) -> Tensor | None:
-        if not self._conditional:
-            return None
-        assert self.data.labels is not None
-        return self._to_device(self.data.labels[self._order.indices(position, count)])
+    def load(self, path: str | os.PathLike[str]) -> None:
+        """Goes on from a checkpoint: a file, or the newest whole one in a run's folder. In every process.
 
-    def _to_device(self, tensor: Tensor) -> Tensor:
-        if self.device.type != "cuda":
-            return tensor.to(self.device)
-        return tensor.pin_memory().to(self.device, non_blocking=True)
+        Raises FileNotFoundError; ValueError for a broken file, and for one of another model, data or settings that
+        decide the result. Then nothing has changed.
+        """
+        found = checkpoints.read(checkpoints.find(path))
+        take(self, found, self._config)
+        if self._run is not None:
+            self._run.took(found.path, found.images_seen)
+
+    def _save_if_due(self) -> None:
+        """Process 0 looks at its clock; the others meet it again in the next step."""
+        if self._run is not None and self.world.is_main and self._run.is_due(self.images_seen):
+            self._write(self._run)
+
+    def _save(self, run: RunFolder, again: bool = False) -> Path:
+        if self.world.is_main and (again or not run.is_saved(self.images_seen)):
+            self._write(run)
+        self.world.barrier()
+        return run.path(self.images_seen)
+
+    def _write(self, run: RunFolder) -> None:
+        path = run.write(*self.state(), self._config)
+        self._call("on_save", path)
 
     # -- what comes out -----------------------------------------------------------------------------------------------
 
@@ -293,38 +236,3 @@ class Trainer:
             "self_condition": self.objective.self_condition,
         }
         return Sampler(model, self.schedule, **{**trained, **options})
-
-    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Everything that a step changes: (tensors by name, the rest, ready for JSON).
-
-        The tensors are the live ones, not copies: "model.<key>", "ema.<key>", "optimizer.<i>.<name>", and the
-        "schedule.betas", float64.
-        """
-        moments, rest = optimizer_state(self.optimizer)
-        tensors = {**network_state("model.", self.model), **moments}
-        if self.ema is not None:
-            tensors.update(network_state("ema.", self.ema.ema_model))
-        tensors["schedule.betas"] = torch.tensor(self.schedule.betas)
-        scaler = self._update.scaler
-        state = {
-            "images_seen": self.images_seen,
-            "step": self.steps_done,
-            "seed": self.settings.seed,
-            "batch_size": self.settings.batch_size,
-            "ema_step": None if self.ema is None else int(self.ema.step),
-            "optimizer": rest,
-            "scaler": None if scaler is None else scaler.state_dict(),
-        }
-        return tensors, state
-
-    def load_state(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
-        """Goes back to what `state` gave; the values are copied. The caller has checked that they are of this run."""
-        load_optimizer_state(self.optimizer, tensors, state["optimizer"])
-        load_network_state("model.", self.model, tensors)
-        if self.ema is not None:
-            load_network_state("ema.", self.ema.ema_model, tensors)
-            self.ema.go_on_from(state["ema_step"])
-        if self._update.scaler is not None and state["scaler"] is not None:
-            self._update.scaler.load_state_dict(state["scaler"])
-        self.images_seen, self.steps_done = state["images_seen"], state["step"]
-        self._batches = None

@@ -78,8 +78,10 @@ class Update:
         return value, norm
 
 
-def _norm(gradients: Sequence[Tensor], like: Tensor) -> Tensor:
+def _norm(gradients: list[Tensor], like: Tensor) -> Tensor:
     """The Euclidean norm of all of them together, in the dtype of `like`."""
     if not gradients:
         return torch.zeros_like(like)
-    return torch.linalg.vector_norm(torch.stack([norm.to(like.dtype) for norm in torch._foreach_norm(gradients)]))
+    norms = [norm.to(like.dtype) for norm in torch._foreach_norm(gradients)]
+    total: Tensor = torch.linalg.vector_norm(torch.stack(norms))
+    return total

@@ -20,7 +20,8 @@ _RED, _GREEN, _BLUE = 19595, 38470, 7471  # ITU-R 601 luma in 2^16ths, as Pillow
 def channels_first(images: Tensor) -> Tensor:
     """(N, H, W) of uint8 -> (N, 1, H, W); (N, H, W, C) -> (N, C, H, W); others as they are.
 
-    C is 1 or 3, of uint8 also 4. Where both layouts could be meant, it is (N, C, H, W), unless only the other one is square.
+    C is 1 or 3, of uint8 also 4. Where both layouts could be meant, it is (N, C, H, W), unless only the other one is
+    square.
     """
     if images.dim() == 3 and images.dtype == torch.uint8:
         return images[:, None]
@@ -82,7 +83,7 @@ def resized(images: Tensor, image_size: Any, fit: str, name: str) -> Tensor:
         warnings.warn(
             f"{name}: images of {height}x{width} are smaller than {size[0]}x{size[1]} and are enlarged; fit='pad' "
             "would leave them as they are",
-            stacklevel=4,
+            stacklevel=3,
         )
     images = images if images.dtype == torch.uint8 else images.float()
     if fit == "pad" and height <= size[0] and width <= size[1]:

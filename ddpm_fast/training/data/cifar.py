@@ -40,7 +40,7 @@ class _Dtype(str):
 
 
 class _Unpickler(pickle.Unpickler):
-    """Knows dicts, lists, strings, numbers and arrays of bytes; anything else in the file is an error and never runs."""
+    """Knows dicts, lists, strings, numbers and arrays of bytes; anything else in a file is an error and never runs."""
 
     def find_class(self, module: str, name: str) -> Any:
         known: dict[tuple[str, str], Callable[..., Any]] = {

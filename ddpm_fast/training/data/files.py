@@ -25,20 +25,16 @@ def load(path: Path, split: str) -> tuple[Any, Any]:
     if not isinstance(content, Mapping):
         content = {"images": content}
     names = [name for name in content if isinstance(name, str)]
-    pairs = [
-        (images, labels)
-        for part in _SPLITS[split]
-        for images, labels in ((_first(names, _IMAGES, part), _first(names, _LABELS, part)),)
-        if images
-    ]
-    if not pairs and split == "train" and _first(names, _IMAGES):
-        pairs = [(_first(names, _IMAGES), _first(names, _LABELS))]
-    if not pairs and len(names) == 1 and split == "train":
-        pairs = [(names[0], None)]
-    if not pairs:
+    parts: tuple[str | None, ...] = _SPLITS[split]
+    if split == "train":
+        parts = (*parts, None)
+    pairs = [(_first(names, _IMAGES, part), _first(names, _LABELS, part)) for part in parts]
+    images, labels = next((pair for pair in pairs if pair[0]), (None, None))
+    if images is None and split == "train" and len(names) == 1:
+        images = names[0]
+    if images is None:
         wanted = "images, x, latents or arr_0" if split == "train" else "x_test or test_images"
         raise ValueError(f"{path} has no {split} images: they are looked for as {wanted}, it has {', '.join(names)}")
-    images, labels = pairs[0]
     try:
         return content[images], None if labels is None else _flat(content[labels])
     except (ValueError, EOFError, OSError, zipfile.BadZipFile) as error:
@@ -63,13 +59,11 @@ def _read(path: Path) -> Any:
         if path.suffix == ".safetensors":
             return _safetensors(path)
         return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise
     except pickle.UnpicklingError:
-        raise ValueError(
-            f"{path} must be a tensor, or a dict of tensors, that torch.save wrote; pickled objects are not read"
-        ) from None
-    except (ValueError, EOFError, OSError, RuntimeError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path} must be what torch.save wrote of a tensor or a dict of tensors, no objects") from None
+    except ImportError:
+        raise
+    except Exception as error:  # torch.load and zipfile raise anything for damaged files
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"{path} is no {path.suffix} file, or is damaged: {reason}") from None
 

@@ -102,21 +102,23 @@ def open_folder(folder: Path, *, image_size: Any, channels: int | None, fit: str
 
 def _in_memory(data: FolderData, paths: Sequence[Path], folder: Path) -> TensorData:
     """All that can be read, now; the rest is reported and left out."""
-    images, kept, broken, why = [], [], [], ""
+    images = np.empty((len(paths), *data.shape), np.uint8)
+    kept: list[int] = []
+    broken, why = [], ""
     for i, path in enumerate(paths):
         try:
-            images.append(data._read(path))
+            images[len(kept)] = data._read(path)
             kept.append(i)
         except pictures.unreadable() as error:
             broken.append(path)
             why = str(error)
-    if not images:
+    if not kept:
         raise ValueError(f"none of the {len(paths)} images in {folder} can be read; the last one: {why}")
     if broken:
         pictures.warn_broken(folder, broken, len(paths), stacklevel=4)
     labels = None if data.labels is None else data.labels[kept]
     return TensorData(
-        np.stack(images), labels, name=data.name, num_classes=data.num_classes, class_names=data.class_names
+        images[: len(kept)], labels, name=data.name, num_classes=data.num_classes, class_names=data.class_names
     )
 
 
@@ -124,7 +126,7 @@ class _Headers:
     """What the first bytes of some files say."""
 
     def __init__(self, folder: Path, paths: Sequence[Path]) -> None:
-        self._sizes: dict[Path, Size] = {}
+        self._folder, self._sizes = folder, dict[Path, Size]()
         self.grey = True
         for path in paths:
             try:
@@ -142,8 +144,8 @@ class _Headers:
             if other != size:
                 (a, b), (c, d) = size, other
                 raise ValueError(
-                    f"images have several sizes, as {first.name} {a}x{b} and {path.name} {c}x{d} (height x width): "
-                    "give image_size"
+                    f"images have several sizes, as {first.relative_to(self._folder)} {a}x{b} and "
+                    f"{path.relative_to(self._folder)} {c}x{d} (height x width): give image_size"
                 )
         return size
 

@@ -34,11 +34,11 @@ def open_data(
     """Data to train on, of files or by its name.
 
     Args:
-        source: "fashion-mnist", "mnist", "cifar10", "digits" (scikit-learn's), or "folder", "npz", "idx" with `path`; or
-            just a path: a folder of pictures, of IDX files or of CIFAR-10's batches, an .npz, .npy, .pt, .safetensors or
-            IDX file, cifar-10-python.tar.gz.
-        path: where the source's files are. None: for a known name the folders of $DDPM_FAST_DATA, and for fashion-mnist
-            where Debian's package dataset-fashion-mnist puts them.
+        source: "fashion-mnist", "mnist", "cifar10", "digits" (scikit-learn's), or "folder", "npz", "idx" with `path`;
+            or just a path: a folder of pictures, of IDX files or of CIFAR-10's batches, an .npz, .npy, .pt,
+            .safetensors or IDX file, cifar-10-python.tar.gz.
+        path: where the source's files are. None: for a known name the folders of $DDPM_FAST_DATA, and for
+            fashion-mnist where Debian's package dataset-fashion-mnist puts them.
         image_size: one number or (H, W), pixels; None: as they are.
         channels: 1 or 3, converted; None: as they are (of a folder 1 if those looked at are grey, else 3).
         fit: how images of another size get there: "crop" (the shorter side fits, the centre is kept), "stretch", or
@@ -141,6 +141,7 @@ def _known(source: str, path: Path | None, split: str) -> Path:
         root = os.environ.get("DDPM_FAST_DATA")
         candidates = [Path(root) / sub for sub in below] if root else []
         candidates += [_DEBIAN] if source == "fashion-mnist" else []
+    candidates = list(dict.fromkeys(candidates))
     for candidate in candidates:
         if source == "cifar10":
             for place in (candidate, candidate / cifar.ARCHIVE):

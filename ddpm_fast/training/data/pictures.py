@@ -81,8 +81,8 @@ def warn_broken(folder: Path, broken: Sequence[Path], total: int, stacklevel: in
 
 def size_of(image_size: Any) -> Size:
     """(H, W) of one or two positive numbers."""
-    size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
-    if len(size) != 2 or not all(isinstance(n, int) for n in size) or min(size) < 1:
+    size = tuple(image_size) if isinstance(image_size, (tuple, list)) else (image_size, image_size)
+    if len(size) != 2 or not all(type(n) is int and n > 0 for n in size):
         raise ValueError(f"image_size must be one or two positive numbers, got {image_size}")
     return size
 

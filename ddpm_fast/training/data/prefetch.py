@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -64,6 +65,7 @@ def _ahead(data: SlowData, source: Iterator[Tensor], workers: int | None) -> Ite
             prefetch_factor=_AHEAD,
             collate_fn=_as_it_is,
             worker_init_fn=_leave_signals,
+            generator=torch.Generator(),  # else it would draw from the program's own
         )
         for answer in answers:
             if isinstance(answer, _Failure):

@@ -11,6 +11,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from .base import describe
+
 KEPT = 2**30  # bytes; data up to this size is read once
 
 
@@ -26,6 +28,7 @@ class SlowData(ABC):
     dtype: torch.dtype
     labels: Tensor | None = None
     num_classes: int | None = None
+    class_names: tuple[str, ...] | None = None
 
     def __init__(self, count: int, *, keep: bool) -> None:
         self._count = count
@@ -69,8 +72,13 @@ class SlowData(ABC):
         return self._kept.index_select(0, indices)
 
     def batch(self, indices: Tensor) -> Tensor:
+        if self.complete and self._kept is not None:
+            return self._kept.index_select(0, indices)
         missing = self.missing(indices)
         return self.assemble(indices, missing, self.read_many(missing.tolist()))
+
+    def __repr__(self) -> str:
+        return describe(self)
 
     def __getstate__(self) -> dict[str, Any]:
         # A worker process reads what it is told to.

@@ -1,0 +1,263 @@
+"""A training run as the command line has it: from a configuration to a `Trainer` with everything around it."""
+
+from __future__ import annotations
+
+import errno
+import signal
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import __version__
+from ..demo.train import bf16_pays
+from ..training import Trainer
+from ..training.checkpoints import FOLDER, newest_first
+from ..training.data import Data, open_data
+from ..training.data.base import describe
+from ..training.processes import LostContact, World
+from . import values
+from .config import AUTO, Config
+from .errors import CommandError, one_line
+from .grids import Grids, drawable
+from .log import Log, Plot, TensorBoard
+from .networks import WITH_NULL_LABEL, WITHOUT_LABELS, build_network, build_schedule
+from .progress import Progress, duration
+
+CONFIG, LOG, PLOT, SAMPLES, TENSORBOARD = "config.toml", "log.csv", "loss.png", "samples", "tensorboard"
+DIVERGED, INTERRUPTED, TERMINATED = 1, 128 + signal.SIGINT, 128 + signal.SIGTERM
+
+
+class TrainingRun:
+    """One call of `ddpm-fast train`.
+
+    config: checked, with a source of data and a folder. seconds: of training, after which it stops; None: no limit.
+    """
+
+    def __init__(self, config: Config, *, seconds: float | None, quiet: bool) -> None:
+        self.world = _world(config.training.device)
+        self.seconds, self.quiet = seconds, quiet or not self.world.is_main
+        self.out = Path(str(config.output.out))
+        if self.world.is_main:
+            _check_writable(self.out)
+        source = config.data
+        self.data: Data = open_data(
+            str(source.source),
+            path=source.data_path,
+            image_size=source.image_size,
+            channels=source.channels,
+            fit=source.fit,
+            split=source.split,
+            labels=source.labels is not False,
+        )
+        config, classes = _with_labels(config, self.data)
+        self.schedule = build_schedule(config.schedule)
+        network, options = build_network(config.model, self.data.shape, classes, config.training.seed)
+        precision = config.training.precision
+        if precision == AUTO:
+            precision = "bf16" if bf16_pays(self.world.device) else None
+        self.config = config.replaced({"model": {"options": options}, "training": {"precision": precision}})
+        self.trainer = Trainer(network, self.schedule, self.data, **self._arguments())
+
+    def _arguments(self) -> dict[str, Any]:
+        """Of the `Trainer`."""
+        chosen = vars(self.config.training).copy()
+        chosen |= {"device": self.world.device, "flip": self.config.data.flip, "workers": self.config.data.workers}
+        chosen |= {"out": self.out, "keep": self.config.output.keep}
+        chosen["save_every"] = self._every(self.config.output.save_every, 20)
+        return chosen
+
+    def _every(self, images: int | str | None, parts: int) -> int | None:
+        """An interval in images; auto is one of so many parts of the run."""
+        if images is None or isinstance(images, int):
+            return images
+        return max(self.config.training.batch_size, self.config.training.images // parts)
+
+    # -- doing it -------------------------------------------------------------------------------------------------
+
+    def run(self) -> int:
+        """Trains to the end or until it is stopped; the exit code."""
+        trainer, images = self.trainer, self.config.training.images
+        if self.world.is_main:
+            self._begin()
+        if trainer.images_seen >= images:
+            self._say(f"nothing to do: this run has seen {trainer.images_seen:,} images; --images N goes on to N")
+            return 0
+        began = time.perf_counter()
+        progress = Progress(images, deadline=None if self.seconds is None else began + self.seconds, quiet=self.quiet)
+        stop = _Stop(progress.deadline)
+        grids = self._callbacks(progress, stop) if self.world.is_main else None
+        try:
+            with self._explained():
+                trainer.train()
+                if grids is not None and trainer.stopped is None and not grids.path(trainer.images_seen).exists():
+                    grids.draw(trainer)
+        except KeyboardInterrupt:
+            self._say(f"stopped by Ctrl-C: {self._where_it_is()}")
+            return INTERRUPTED
+        in_time = self.world.any(stop.fired)
+        if trainer.stopped is not None and not in_time:
+            self._say(f"stopped by {trainer.stopped}: {self._where_it_is()}")
+            return TERMINATED
+        self._end(time.perf_counter() - began, in_time)
+        return 0
+
+    def _begin(self) -> None:
+        """Prints and keeps what was chosen."""
+        text = values.write_toml(self.config.sections())
+        self._say(f"ddpm_fast {__version__} train\n\n{text}")
+        parameters = sum(parameter.numel() for parameter in self.trainer.model.parameters())
+        self._say(f"{describe(self.data)}\n{self.config.model.kind} of {parameters:,} parameters, {self._where()}")
+        if self.trainer.images_seen:
+            self._say(f"going on after {self.trainer.images_seen:,} images")
+        with self._explained():
+            beside = self.out / (CONFIG + ".part")
+            beside.write_text(f"# ddpm_fast {__version__}: ddpm-fast train --config takes this file\n\n{text}", "utf-8")
+            beside.replace(self.out / CONFIG)
+
+    def _where(self) -> str:
+        device = self.world.device
+        name = (
+            torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
+        )
+        return name if self.world.size == 1 else f"{self.world.size} processes ({name})"
+
+    def _callbacks(self, progress: Progress, stop: _Stop) -> Grids | None:
+        """Hangs onto the trainer what follows it; the grids, if there are any."""
+        config, out = self.config, self.out
+        log = Log(out / LOG, self._every(config.output.log_every, 1000) or 1)
+        callbacks: list[Any] = [log, progress]
+        if config.output.plot:
+            title = f"{self.data.name}: {config.training.loss} of {config.training.prediction}"
+            callbacks.append(Plot(out / PLOT, log, title))
+        grids = None
+        if config.sampling.sample_every is not None and drawable(self.data.shape):
+            chosen = config.sampling
+            grids = Grids(
+                out / SAMPLES,
+                self._every(chosen.sample_every, 10),
+                rows=chosen.sample_rows,
+                steps=min(chosen.sample_steps, config.schedule.timesteps),
+                guidance=chosen.sample_guidance,
+                say=self._say if self.quiet else progress.say,
+            )
+            callbacks.append(grids)
+        if config.output.tensorboard:
+            board = TensorBoard(out / TENSORBOARD, log)
+            callbacks.insert(0, board)  # before the log, which tells it of its rows
+            if grids is not None:
+                grids.drawn.append(board.picture)
+        self.trainer.callbacks += [*callbacks, stop]
+        return grids
+
+    def _end(self, seconds: float, in_time: bool) -> None:
+        seen, images = self.trainer.images_seen, self.config.training.images
+        if in_time:
+            self._say(f"stopped after {duration(seconds)}: {self._where_it_is()}")
+        else:
+            self._say(f"done: {seen:,} images of {images:,}, the last part in {duration(seconds)}")
+        self._say(f"  checkpoints   {self.out / FOLDER}")
+        self._say(f"  losses        {self.out / LOG}" + (f", {self.out / PLOT}" if self.config.output.plot else ""))
+        if (self.out / SAMPLES).is_dir():
+            self._say(f"  samples       {self.out / SAMPLES}")
+        self._say(f"  draw more     ddpm-fast sample {self.out} --num 64 --out {self.out / 'drawn'}")
+
+    def _where_it_is(self) -> str:
+        return f"saved after {self.trainer.images_seen:,} images; ddpm-fast train --out {self.out} goes on"
+
+    def _last_checkpoint(self) -> str:
+        with_it = newest_first(self.out / FOLDER) if (self.out / FOLDER).is_dir() else []
+        if not with_it:
+            return "no checkpoint was written yet"
+        return f"{with_it[0].path} ({with_it[0].images_seen:,} images) is whole, and the same command goes on from it"
+
+    def _say(self, text: str) -> None:
+        if not self.quiet:
+            print(text, flush=True)
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        """What ends a run that had begun, as one line with the checkpoint that it can go on from."""
+        try:
+            yield
+        except FloatingPointError as error:
+            raise CommandError(f"{one_line(error)}; {self._last_checkpoint()}", DIVERGED) from error
+        except OSError as error:
+            what = "the disk is full" if error.errno == errno.ENOSPC else one_line(error)
+            raise CommandError(f"{what}; {self._last_checkpoint()}") from error
+        except LostContact as error:
+            raise CommandError(one_line(error)) from error
+        except RuntimeError as error:
+            if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+                size = f"--batch-size {self.config.training.batch_size}"
+                raise CommandError(f"out of memory with {size}; try --accumulate 4, or a smaller network") from error
+            raise
+
+
+class _Stop:
+    """A callback that ends the training at `deadline` (perf_counter) as SIGTERM would: between two steps, saved."""
+
+    def __init__(self, deadline: float | None) -> None:
+        self.deadline, self.fired = deadline, False
+
+    def on_step(self, trainer: Any, report: Any) -> None:
+        if self.deadline is not None and not self.fired and time.perf_counter() >= self.deadline:
+            self.fired = True
+            signal.raise_signal(signal.SIGTERM)
+
+
+def _world(name: str) -> World:
+    """This process among the others. CommandError for a device that is not there."""
+    if name == AUTO:
+        return World.from_environment()
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda"):
+        raise CommandError(f"--device must be auto, cpu, cuda or cuda:N, got {name!r}")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise CommandError(
+            f"--device {name}: PyTorch {torch.__version__} sees {torch.cuda.device_count()} CUDA devices; use --device "
+            "cpu, or install a CUDA build of PyTorch and a driver (`ddpm-fast info` says what is missing)"
+        )
+    return World.from_environment(device)
+
+
+def _check_writable(out: Path) -> None:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out):
+            pass
+    except OSError as error:
+        raise CommandError(f"--out {out} cannot be written to: {error.strerror}") from error
+
+
+def _with_labels(config: Config, data: Data) -> tuple[Config, int | None]:
+    """The configuration with `labels` and `label_dropout` as they will be, and the number of classes."""
+    kind, labels, dropout = config.model.kind, config.data.labels, config.training.label_dropout
+    default = type(config.training)().label_dropout
+    if labels == AUTO:
+        labels = data.labels is not None and kind in WITH_NULL_LABEL
+    elif labels:
+        if data.labels is None:
+            raise CommandError(f"--labels: {data.name} has no labels; a folder has where its images are in subfolders")
+        if kind in WITHOUT_LABELS:
+            raise CommandError(f"--labels: --model {kind} knows no classes; choose another one, or --labels false")
+    if not (labels and kind in WITH_NULL_LABEL):
+        if dropout not in (default, 0.0):
+            why = f"--model {kind} has no label that means none" if labels else "no labels are learned"
+            raise CommandError(f"--label-dropout {dropout:g} has no effect: {why}")
+        dropout = 0.0
+    changed = config.replaced({"data": {"labels": bool(labels)}, "training": {"label_dropout": dropout}})
+    guidance = config.sampling.sample_guidance
+    if guidance != 1 and dropout == 0:
+        raise CommandError(
+            f"--sample-guidance {guidance:g} needs a class-conditional model that is also trained without labels "
+            "(--label-dropout)"
+        )
+    return changed, data.num_classes if labels else None

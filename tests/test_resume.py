@@ -1,0 +1,424 @@
+"""A run stopped anywhere and continued ends with the bits of one that was not; what is not of it is refused."""
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from training_child import BATCH, KILLS, PLACES, STEPS, Network, trainer
+
+from ddpm_fast import Schedule, cli
+from ddpm_fast.training import Trainer, checkpoints, resume
+
+ROOT = Path(__file__).parents[1]
+SHORT = 6 * BATCH  # images of the runs below
+
+
+def files(out):
+    return sorted(path.name for path in (out / "checkpoints").iterdir())
+
+
+def bits_of(run):
+    """Everything that training has changed, as bytes."""
+    tensors, state = run.state()
+    return {name: value.contiguous().reshape(-1).view(torch.uint8).tolist() for name, value in tensors.items()}, state
+
+
+class At:
+    """Calls `action` after a step."""
+
+    def __init__(self, step, action):
+        self.step, self.action = step, action
+
+    def on_step(self, trainer, report):
+        if report.step == self.step:
+            self.action()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the child forks, and looks into /proc")
+def test_twenty_kills(tmp_path):
+    """Of a run with dropout, label dropout, flips, BatchNorm, EMA, AdamW, warm-up, cosine, accumulation and bf16."""
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
+    child = [sys.executable, str(ROOT / "tests" / "training_child.py"), str(tmp_path), "0"]
+    done = subprocess.run(child, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    lives = json.loads(done.stdout)
+    assert [life["killed"] for life in lives] == [True] * KILLS, done.stderr
+    assert [sum(life["place"] == place for life in lives) for place in PLACES] == [2] * len(PLACES)
+    for life in lives:
+        assert life["files"] == len(life["saved"])  # nothing that is called a checkpoint is less than one
+        if life["place"] in PLACES[:3]:
+            assert life["temporary"]
+    newest = [max(life["saved"], default=0) for life in lives]
+    assert newest == sorted(newest)
+    assert newest[-1] > STEPS * BATCH // 3  # they were spread over the run
+    whole, killed = (tmp_path / name / "checkpoints" for name in ("whole", "killed"))
+    assert sorted(path.name for path in killed.iterdir()) == sorted(path.name for path in whole.iterdir())
+    assert len(list(whole.iterdir())) == 2
+    for path in whole.iterdir():  # model, average, optimiser, counters and all
+        assert (killed / path.name).read_bytes() == path.read_bytes()
+
+
+def test_the_command_killed_and_called_again(tmp_path):
+    """`ddpm-fast train` as a process, killed as soon as there is a checkpoint; then --out alone goes on with it."""
+    generator = torch.Generator().manual_seed(0)
+    data = {"images": torch.randint(0, 256, (64, 8, 8), generator=generator, dtype=torch.uint8).numpy()}
+    np.savez(tmp_path / "data.npz", **data)
+    options = "--images 4000 --batch-size 8 --save-every 16 --sample-every none --no-plot --quiet --seed 5"
+    network = "--model-options width=4 depth=1 time_dim=8"
+    begun = ["train", "--data", str(tmp_path / "data.npz"), *options.split(), *network.split()]
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
+    command = [sys.executable, "-m", "ddpm_fast.cli", *begun, "--out", str(killed)]
+    child = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+    while child.poll() is None and not any(killed.glob("checkpoints/*.safetensors")):
+        time.sleep(0.005)
+    child.kill()
+    assert child.wait() == -signal.SIGKILL, child.stderr.read()
+    child.stderr.close()
+    left = checkpoints.read_header(checkpoints.find(killed)).images_seen
+    goal = left + 64
+    assert 16 <= left < 4000
+    assert cli.main(["train", "--out", str(killed), "--images", str(goal), "--quiet"]) == 0
+    assert cli.main([*begun, "--out", str(whole), "--images", str(goal)]) == 0
+    assert files(killed) == files(whole)
+    for path in (whole / "checkpoints").iterdir():
+        assert (killed / "checkpoints" / path.name).read_bytes() == path.read_bytes()
+
+
+def rmsprop(parameters):
+    return torch.optim.RMSprop(parameters, lr=1e-3, momentum=0.9, centered=True)
+
+
+class Odd(torch.optim.Optimizer):
+    """One with state of all kinds: float64 of the parameter's shape and not, a Python number, a flag, a counter."""
+
+    def __init__(self, parameters):
+        super().__init__(parameters, {"lr": 1e-3, "kind": "odd", "pair": (0.5, 2)})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                state = self.state[parameter]
+                if not state:
+                    state["sum"] = torch.zeros_like(parameter, dtype=torch.float64)
+                    state["size"] = torch.zeros((), dtype=torch.float64)
+                    state["count"] = torch.zeros((), dtype=torch.int64)
+                    state["half"], state["up"] = 1.0, True
+                state["sum"] += parameter.grad / 3
+                state["size"] += parameter.grad.double().norm()
+                state["count"] += 1
+                state["half"], state["up"] = state["half"] / 3, not state["up"]
+                factor = group["lr"] * (state["half"] + state["up"]) / (1 + state["size"]) * group["pair"][0]
+                parameter -= (factor * state["sum"]).to(parameter.dtype)
+
+
+@pytest.mark.parametrize("optimizer", [None, rmsprop, Odd], ids=["AdamW", "RMSprop", "Odd"])
+def test_any_optimizer_goes_on_as_it_was(tmp_path, optimizer):
+    changed = {"optimizer": optimizer, "precision": None, "images": SHORT}
+    whole = trainer(None, **changed)
+    whole.train()
+    trainer(tmp_path, **changed).train(until=SHORT // 2)
+    again = trainer(tmp_path, **changed)
+    assert again.images_seen == SHORT // 2
+    again.train()
+    assert bits_of(again) == bits_of(whole)
+    for parameter in again.optimizer.param_groups[0]["params"]:
+        for name, value in again.optimizer.state[parameter].items():
+            expected = next(iter(whole.optimizer.state.values()))[name]
+            assert type(value) is type(expected)
+            assert not isinstance(value, torch.Tensor) or value.dtype == expected.dtype
+
+
+def test_the_scaler_of_fp16(tmp_path):
+    """CPUs have no fp16 training; the state is CUDA's all the same."""
+    first = trainer(tmp_path, images=SHORT)
+    first._update.scaler = torch.amp.GradScaler("cpu", init_scale=512.0, growth_interval=3)
+    first.train(until=2 * BATCH)
+    second = trainer(tmp_path, images=SHORT, resume=True)
+    second._update.scaler = torch.amp.GradScaler("cpu")
+    second.load(tmp_path)
+    assert second._update.scaler.state_dict() == first._update.scaler.state_dict()
+    assert second._update.scaler.get_scale() == 512.0
+    assert second._update.scaler.state_dict()["_growth_tracker"] == 2
+
+
+def test_when_it_saves(tmp_path, monkeypatch):
+    saved = []
+
+    class Seen:
+        def on_save(self, trainer, path):
+            saved.append((trainer.images_seen, path))
+
+    run = trainer(tmp_path, images=SHORT + 1, save_every=20, keep=3)
+    assert files(tmp_path) == []
+    run.callbacks.append(Seen())
+    run.train()
+    assert [images for images, _ in saved] == [24, 40, 56]  # the first step at or after 20, 40, ...; and the last
+    assert [path for _, path in saved] == sorted((tmp_path / "checkpoints").iterdir())
+    run.train()  # there is nothing left to do, nor to save
+    assert len(saved) == 3
+    again = trainer(tmp_path, images=SHORT + 1, save_every=20, keep=3)
+    again.train()
+    assert files(tmp_path) == [path.name for _, path in saved]
+    # Without a number of images it is time that counts.
+    run = trainer(tmp_path / "b", images=SHORT, save_every=None)
+    run.callbacks.append(Seen())
+    monkeypatch.setattr(resume, "SECONDS", 0.0)
+    run.train(until=2 * BATCH)
+    monkeypatch.setattr(resume, "SECONDS", 1e9)
+    run.train()
+    assert [images for images, _ in saved[3:]] == [BATCH, 2 * BATCH, SHORT]
+    with pytest.raises(ValueError, match="no folder to save in"):
+        trainer(None).save()
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_signals(tmp_path, name):
+    whole = trainer(None, images=SHORT)
+    whole.train()
+    run = trainer(tmp_path, images=SHORT, save_every=None)
+    run.callbacks.append(At(2, lambda: os.kill(os.getpid(), getattr(signal, name))))
+    ended = []
+    run.callbacks.append(type("End", (), {"on_end": lambda self, trainer: ended.append(trainer.stopped)})())
+    handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    if name == "SIGINT":
+        with pytest.raises(KeyboardInterrupt):
+            run.train()
+    else:
+        run.train()
+    assert (run.stopped, run.images_seen, ended) == (name, 2 * BATCH, [name])
+    assert files(tmp_path) == [checkpoints.file_name(2 * BATCH)]
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == handlers
+    again = trainer(tmp_path, images=SHORT)
+    again.train()
+    assert again.stopped is None
+    assert bits_of(again) == bits_of(whole)
+    run.callbacks.clear()
+    run.train()  # and so does the object that was interrupted
+    assert bits_of(run) == bits_of(whole)
+
+
+def test_a_second_ctrl_c_takes_effect_at_once(tmp_path):
+    run = trainer(tmp_path, images=SHORT, save_every=None)
+
+    def twice():
+        signal.raise_signal(signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        raise KeyboardInterrupt
+
+    run.callbacks.append(At(2, twice))
+    with pytest.raises(KeyboardInterrupt):
+        run.train()
+    assert files(tmp_path) == []
+
+
+def test_handlers_of_the_users_own_are_left(tmp_path):
+    heard = []
+    old = signal.signal(signal.SIGTERM, lambda number, frame: heard.append(number))
+    try:
+        run = trainer(None, images=3 * BATCH)
+        run.callbacks.append(At(1, lambda: signal.raise_signal(signal.SIGTERM)))
+        run.train()
+    finally:
+        signal.signal(signal.SIGTERM, old)
+    assert (heard, run.stopped, run.images_seen) == ([signal.SIGTERM], None, 3 * BATCH)
+
+
+def test_divergence_names_the_last_good_checkpoint(tmp_path):
+    run = trainer(tmp_path, images=SHORT, save_every=2 * BATCH)
+
+    def spoil():
+        with torch.no_grad():
+            run.model.last.bias.fill_(float("nan"))
+
+    run.callbacks.append(At(3, spoil))
+    with pytest.raises(FloatingPointError, match=r"step 4 .*the loss is nan.*the last checkpoint is .*00000016\.safe"):
+        run.train()
+    assert files(tmp_path) == [checkpoints.file_name(2 * BATCH)]
+    whole, again = trainer(None, images=SHORT), trainer(tmp_path, images=SHORT)
+    whole.train()
+    again.train()
+    assert bits_of(again) == bits_of(whole)
+
+
+def test_a_broken_newest_checkpoint_costs_its_steps_only(tmp_path):
+    whole = trainer(None, images=SHORT)
+    whole.train()
+    trainer(tmp_path, images=SHORT, save_every=BATCH).train(until=4 * BATCH)
+    newest = tmp_path / "checkpoints" / checkpoints.file_name(4 * BATCH)
+    os.truncate(newest, newest.stat().st_size - 1)
+    with pytest.warns(UserWarning, match=r"cut off.*passed over"):
+        again = trainer(tmp_path, images=SHORT)
+    assert again.images_seen == 3 * BATCH
+    again.train()
+    assert bits_of(again) == bits_of(whole)
+
+
+@pytest.mark.filterwarnings("ignore:.*passed over")
+def test_nothing_is_started_over_by_itself(tmp_path):
+    run = trainer(tmp_path, images=SHORT)
+    run.train(until=BATCH)
+    with pytest.raises(ValueError, match=r"holds a run of 8 images already; go on with it \(resume=True\)"):
+        trainer(tmp_path, resume=False)
+    (path,) = (tmp_path / "checkpoints").iterdir()
+    path.write_bytes(b"")
+    with pytest.raises(ValueError, match=r"none of the checkpoints in .* is whole"):
+        trainer(tmp_path)
+    assert files(tmp_path) == [path.name]
+
+
+def test_left_over_temporaries_go(tmp_path):
+    folder = tmp_path / "checkpoints"
+    folder.mkdir()
+    (folder / f"{checkpoints.file_name(8)}.77.part").write_bytes(b"half of it")
+    trainer(tmp_path)
+    assert files(tmp_path) == []
+
+
+# -- what is not of the run --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def started(tmp_path_factory):
+    out = tmp_path_factory.mktemp("started")
+    trainer(out, images=SHORT).train(until=BATCH)
+    return out
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"batch_size": 16}, "batch_size was 8, is 16"),
+        ({"seed": 4, "lr": 0.5}, "lr was 0.001, is 0.5; seed was 3, is 4"),
+        ({"prediction": "eps"}, "prediction was 'v', is 'eps'"),
+        ({"ema": None}, "ema was 0.99, is None"),
+        ({"precision": None}, "precision was 'bf16', is None"),
+        ({"betas": (0.8, 0.9)}, r"betas was \[0.9, 0.999\], is \[0.8, 0.9\]"),
+        ({"images": 2 * SHORT}, "images was 48, is 96"),  # the cosine ends there
+        ({"optimizer": rmsprop}, "optimizer was 'AdamW', is 'RMSprop'"),
+    ],
+)
+def test_other_settings(started, changed, said):
+    before = files(started)
+    with pytest.raises(ValueError, match=rf"00008\.safetensors is of another run: .*{said}.* Go on with what"):
+        trainer(started, **{"images": SHORT, **changed})
+    assert files(started) == before
+
+
+def test_settings_that_may_change(started):
+    run = trainer(started, images=SHORT, save_every=1, keep=1, workers=0)
+    assert run.images_seen == BATCH
+
+
+def other(out, model=None, schedule=None, images=None, labels=None):
+    """The run `started`, of another model, schedule or data."""
+    run = trainer(None, images=SHORT)
+    data = run.data if images is None else (images, labels)
+    return Trainer(model or Network(), schedule or run.schedule, data, out=out, **vars(run.settings))
+
+
+class Wider(Network):
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Conv2d(1, 8, 5, padding=2), nn.Conv2d(8, 1, 1)
+        self.extra = nn.Linear(1, 1)
+
+
+def test_another_model_schedule_or_data(started):
+    assert other(started).images_seen == BATCH
+    with pytest.raises(ValueError, match=r"network kind was 'training_child\.Network', is 'test_resume\.Wider'"):
+        other(started, Wider())
+    same_name = type("Network", (Wider,), {"__module__": "training_child", "__qualname__": "Network"})
+    said = (
+        r"another model: extra\.weight is missing; extra\.bias is missing; first\.weight has shape \(8, 1, 3, 3\), the"
+    )
+    with pytest.raises(ValueError, match=said):
+        other(started, same_name())
+    with pytest.raises(ValueError, match=r"schedule was Schedule\.linear\(T=20, .*\), is Schedule\.cosine\(T=20, .*\)"):
+        other(started, schedule=Schedule.cosine(20))
+    data = trainer(None).data
+    with pytest.raises(ValueError, match=r"run: data images was 50, is 49; data fingerprint was '\w+', is '\w+'\. Go"):
+        other(started, images=data.images[:49], labels=data.labels[:49])
+    images = data.images.clone()
+    images[7, 0, 3, 3] ^= 1
+    with pytest.raises(ValueError, match=r"run: data fingerprint was '\w+', is '\w+'\. Go"):
+        other(started, images=images, labels=data.labels)
+
+
+def test_a_refused_checkpoint_changes_nothing(started):
+    run = trainer(None, images=SHORT, seed=9)
+    run.train(until=BATCH)
+    before = bits_of(run)
+    with pytest.raises(ValueError, match="seed was 3, is 9"):
+        run.load(started)
+    assert bits_of(run) == before
+    with pytest.raises(FileNotFoundError):
+        run.load(started / "nothing")
+
+
+def test_load_goes_back(started, tmp_path):
+    whole, run = trainer(None, images=SHORT), trainer(None, images=SHORT)
+    whole.train()
+    run.train(until=4 * BATCH)
+    run.load(started)
+    assert run.images_seen == BATCH
+    run.train()
+    assert bits_of(run) == bits_of(whole)
+    run = trainer(tmp_path, images=SHORT, save_every=2 * BATCH, keep=9)
+    run.train(until=5 * BATCH)
+    later = (tmp_path / "checkpoints" / checkpoints.file_name(4 * BATCH)).read_bytes()
+    for path in (tmp_path / "checkpoints").iterdir():
+        path.unlink()
+    run.load(started)
+    run.train(until=4 * BATCH)
+    assert files(tmp_path) == [checkpoints.file_name(n * BATCH) for n in (2, 4)]
+    assert (tmp_path / "checkpoints" / checkpoints.file_name(4 * BATCH)).read_bytes() == later
+
+
+# -- disks -------------------------------------------------------------------------------------------------------------
+
+
+def test_full_disk(tmp_path, monkeypatch):
+    """The run ends with one line, what was saved stays, and the trainer can save again when there is room."""
+    run = trainer(tmp_path, images=SHORT, save_every=2 * BATCH)
+    run.train(until=2 * BATCH)
+    real = os.fsync
+
+    def full(number):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match=r"cannot write .*0032\.safetensors: No space left on device; files written befo"):
+        run.train()
+    assert files(tmp_path) == [checkpoints.file_name(2 * BATCH)]
+    monkeypatch.setattr(os, "fsync", real)
+    run.train()
+    whole = trainer(None, images=SHORT)
+    whole.train()
+    assert bits_of(run) == bits_of(whole)
+    assert files(tmp_path) == [checkpoints.file_name(n * BATCH) for n in (5, 6)]  # tried again at the next step
+
+
+def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(OSError, match=r"cannot write to .*checkpoints: Not a directory"):
+        trainer(tmp_path / "file")
+
+    def refuse(self, *args, **options):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(Path, "touch", refuse)  # as root, who may write anywhere, sees it
+    with pytest.raises(PermissionError, match=r"cannot write to .*checkpoints: Permission denied"):
+        trainer(tmp_path / "other")
+    assert (tmp_path / "file").read_text() == "mine"
