@@ -261,7 +261,7 @@ def test_without_deterministic_shards_agree_within_a_tolerance(run, sample, tmp_
 
 def test_what_exists_is_kept_and_what_is_missing_drawn(run, sample, tmp_path):
     out = tmp_path / "out"
-    options = ("--deterministic", "--batch-size", 16, "--npz")
+    options = ("--deterministic", "--batch-size", 16, "--npz", "--no-grid")
     assert sample(run, out, "-n", 40, *options)[0] == 0
     wanted = pngs(out)
     inverted = 255 - wanted["000000002.png"]
@@ -323,7 +323,7 @@ def test_a_signal_stops_between_files_and_the_same_line_goes_on(run, sample, tmp
 
     monkeypatch.setattr(sample_job, "draw", interrupted)
     before = signal.getsignal(signal.SIGTERM)
-    options = ("-n", 64, "--batch-size", 16, "--deterministic")
+    options = ("-n", 64, "--batch-size", 16, "--deterministic", "--no-grid")
     stopped, _, errors = sample(run, out, *options)
     assert stopped == code
     assert f"32 of 64 samples are in {out}, the same command goes on" in errors
@@ -346,7 +346,7 @@ def test_a_full_disk_keeps_what_is_there(run, sample, tmp_path, monkeypatch):
         replace(source, target)
 
     monkeypatch.setattr(sample_store.os, "replace", full)
-    options = ("-n", 64, "--batch-size", 16, "--deterministic")
+    options = ("-n", 64, "--batch-size", 16, "--deterministic", "--no-grid")
     code, _, errors = sample(run, out, *options)
     assert code == 2
     assert errors.count("\n") == 1
