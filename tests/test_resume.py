@@ -6,14 +6,16 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 from training_child import BATCH, KILLS, PLACES, STEPS, Network, trainer
 
-from ddpm_fast import Schedule
+from ddpm_fast import Schedule, cli
 from ddpm_fast.training import Trainer, checkpoints, resume
 
 ROOT = Path(__file__).parents[1]
@@ -63,6 +65,33 @@ def test_twenty_kills(tmp_path):
     assert len(list(whole.iterdir())) == 2
     for path in whole.iterdir():  # model, average, optimiser, counters and all
         assert (killed / path.name).read_bytes() == path.read_bytes()
+
+
+def test_the_command_killed_and_called_again(tmp_path):
+    """`ddpm-fast train` as a process, killed as soon as there is a checkpoint; then --out alone goes on with it."""
+    generator = torch.Generator().manual_seed(0)
+    data = {"images": torch.randint(0, 256, (64, 8, 8), generator=generator, dtype=torch.uint8).numpy()}
+    np.savez(tmp_path / "data.npz", **data)
+    options = "--images 4000 --batch-size 8 --save-every 16 --sample-every none --no-plot --quiet --seed 5"
+    network = "--model-options width=4 depth=1 time_dim=8"
+    begun = ["train", "--data", str(tmp_path / "data.npz"), *options.split(), *network.split()]
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
+    command = [sys.executable, "-m", "ddpm_fast.cli", *begun, "--out", str(killed)]
+    child = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+    while child.poll() is None and not any(killed.glob("checkpoints/*.safetensors")):
+        time.sleep(0.005)
+    child.kill()
+    assert child.wait() == -signal.SIGKILL, child.stderr.read()
+    child.stderr.close()
+    left = checkpoints.read_header(checkpoints.find(killed)).images_seen
+    goal = left + 64
+    assert 16 <= left < 4000
+    assert cli.main(["train", "--out", str(killed), "--images", str(goal), "--quiet"]) == 0
+    assert cli.main([*begun, "--out", str(whole), "--images", str(goal)]) == 0
+    assert files(killed) == files(whole)
+    for path in (whole / "checkpoints").iterdir():
+        assert (killed / "checkpoints" / path.name).read_bytes() == path.read_bytes()
 
 
 def rmsprop(parameters):
@@ -177,6 +206,41 @@ def test_signals(tmp_path, name):
     run.callbacks.clear()
     run.train()  # and so does the object that was interrupted
     assert bits_of(run) == bits_of(whole)
+
+
+WITH_WORKERS = """
+import os, signal, torch
+from ddpm_fast.training.data import as_data, prefetch
+from ddpm_fast.training.resume import noticed
+
+class Pictures(torch.utils.data.Dataset):
+    def __len__(self):
+        return 2000
+    def __getitem__(self, index):
+        return torch.full((1, 8, 8), index % 255, dtype=torch.uint8)
+
+batches = prefetch(as_data(Pictures()), (torch.arange(i, i + 8) for i in range(1000)), workers=1)
+with noticed() as stops:
+    next(batches)
+    os.killpg(0, signal.SIGTERM)
+    total = sum(int(next(batches).sum()) for step in range(20))
+    print(stops.asked, total)
+"""
+
+
+def test_a_signal_to_all_processes():
+    """As a batch system sends it: those that read data leave it to the one that trains, and end with it."""
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
+    done = subprocess.run(
+        [sys.executable, "-c", WITH_WORKERS],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        start_new_session=True,
+    )
+    total = 64 * sum(i + k for i in range(1, 21) for k in range(8))
+    assert (done.returncode, done.stdout) == (0, f"SIGTERM {total}\n"), done.stderr
 
 
 def test_a_second_ctrl_c_takes_effect_at_once(tmp_path):
@@ -346,6 +410,15 @@ def test_load_goes_back(started, tmp_path):
     assert run.images_seen == BATCH
     run.train()
     assert bits_of(run) == bits_of(whole)
+    run = trainer(tmp_path, images=SHORT, save_every=2 * BATCH, keep=9)
+    run.train(until=5 * BATCH)
+    later = (tmp_path / "checkpoints" / checkpoints.file_name(4 * BATCH)).read_bytes()
+    for path in (tmp_path / "checkpoints").iterdir():
+        path.unlink()
+    run.load(started)
+    run.train(until=4 * BATCH)
+    assert files(tmp_path) == [checkpoints.file_name(n * BATCH) for n in (2, 4)]
+    assert (tmp_path / "checkpoints" / checkpoints.file_name(4 * BATCH)).read_bytes() == later
 
 
 # -- disks -------------------------------------------------------------------------------------------------------------

@@ -156,7 +156,8 @@ def test_the_plot_is_a_picture_with_the_losses(tmp_path):
 
 
 def test_running_mean():
-    assert log.running_mean([1.0, 3.0, 5.0, 7.0], 2) == [1.0, 2.0, 4.0, 6.0]
+    assert log.running_mean([1.0, 3.0, 8.0, 7.0, 9.0], 3) == [1.0, 4.0, 6.0, 8.0, 8.0]
+    assert log.running_mean([4.0], 2) == [4.0]
 
 
 # -- the network and the schedule -------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ class Progress:
     Args:
         images: the number that training ends at.
         deadline: the clock's time at which it will be stopped, or None.
-        stream: where to write; None is stderr, and no line at all if `quiet`.
+        stream: where to write; None is stdout. quiet: nothing but what `say` is told.
         clock: seconds that only grow.
     """
 
@@ -36,7 +36,7 @@ class Progress:
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.images, self.deadline, self.quiet = images, deadline, quiet
-        self._stream = sys.stderr if stream is None else stream
+        self._stream = sys.stdout if stream is None else stream
         self._clock = clock
         self._live = self._stream.isatty()
         self._shown, self._last = False, clock()

@@ -40,7 +40,7 @@ def add_arguments(subparsers: Any) -> None:
     )
     parser.add_argument("source", help="a run's folder, a checkpoint, or the folder of a diffusers pipeline")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where everything goes")
-    parser.add_argument("--num", type=int, default=64, metavar="N", help="how many; default: 64")
+    parser.add_argument("-n", "--num", type=int, default=64, metavar="N", help="how many; default: 64")
     parser.add_argument("--seed", type=int, default=0, help="of everything drawn; default: 0")
     parser.add_argument("--first", type=int, default=0, metavar="G", help="index of the first image; default: 0")
     parser.add_argument("--no-ema", action="store_true", help="the weights as trained instead of their average")

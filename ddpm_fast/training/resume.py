@@ -12,16 +12,13 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..schedule import Schedule
 from . import checkpoints
 from .checkpoints import Checkpoint
-from .data import Data
-from .settings import Settings
 
 if TYPE_CHECKING:
-    from .trainer import Trainer
+    from .steps import Steps
 
 SECONDS = 600.0  # between checkpoints, where no number of images is given
 _MISSING = object()
@@ -112,33 +109,37 @@ class RunFolder:
         return images_seen // self.every > self._at // self.every
 
     def is_saved(self, images_seen: int) -> bool:
-        return self.last is not None and self._at == images_seen
+        """Whether the checkpoint after so many images was the last to be written or taken up."""
+        return self.last == self.path(images_seen)
 
     def took(self, path: Path, images_seen: int) -> None:
         """A checkpoint was written or taken up: what `is_due` counts from."""
         self.last, self._at, self._when = path, images_seen, time.monotonic()
 
+    def path(self, images_seen: int) -> Path:
+        """Of the checkpoint after so many images."""
+        return self.folder / checkpoints.file_name(images_seen)
+
     def write(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any], config: Mapping[str, Any]) -> Path:
         """A new checkpoint; the oldest ones go when it is on the disk."""
-        path = self.folder / checkpoints.file_name(state["images_seen"])
+        path = self.path(state["images_seen"])
         checkpoints.write(path, tensors, state, config)
         self.took(path, state["images_seen"])
         checkpoints.prune(self.folder, self.keep, good=path)
         return path
 
 
-def config_of(
-    model: nn.Module, schedule: Schedule, settings: Settings, data: Data, optimizer: torch.optim.Optimizer, own: bool
-) -> dict[str, Any]:
+def config_of(trainer: Steps, *, own: bool) -> dict[str, Any]:
     """What a run is, ready for JSON: {"network", "schedule", "training", "data"}; it decides the run's result.
 
     own: whether the optimiser is the user's own; its learning rates then count, and not the settings'.
     """
-    training = {**settings.deciding(), "optimizer": type(optimizer).__name__}
+    schedule, data, optimizer = trainer.schedule, trainer.data, trainer.optimizer
+    training = {**trainer.settings.deciding(), "optimizer": type(optimizer).__name__}
     if own:
         training["lr"] = [float(group["lr"]) for group in optimizer.param_groups]
     return {
-        "network": checkpoints.network_config(model),
+        "network": checkpoints.network_config(trainer.model),
         "schedule": {"label": repr(schedule), "T": len(schedule.betas)},
         "training": training,
         "data": {
@@ -152,19 +153,27 @@ def config_of(
     }
 
 
-def open_run(trainer: Trainer, run: RunFolder, config: Mapping[str, Any]) -> None:
-    """Lets a new trainer go on from the newest checkpoint in its folder, if it is to, and makes the folder ready."""
+def open_run(trainer: Steps, run: RunFolder, config: Mapping[str, Any]) -> None:
+    """Lets a new trainer go on from the newest checkpoint in its folder, if it is to, and makes the folder ready.
+
+    Process 0 looks for it, writes and deletes; the others read the file that it has chosen.
+    """
+    world = trainer.world
     if trainer.settings.resume:
-        newest = run.newest()
-        if newest is not None:
+        newest = run.newest() if world.is_main else None
+        path = world.from_main(None if newest is None else newest.path)
+        if path is not None:
+            newest = newest or checkpoints.read(path)
             take(trainer, newest, config)
-            run.took(newest.path, newest.images_seen)
-    else:
+            run.took(path, newest.images_seen)
+    elif world.is_main:
         run.check_new()
-    run.prepare()
+    if world.is_main:
+        run.prepare()
+    world.barrier()
 
 
-def take(trainer: Trainer, found: Checkpoint, config: Mapping[str, Any]) -> None:
+def take(trainer: Steps, found: Checkpoint, config: Mapping[str, Any]) -> None:
     """Lets a trainer go on from a checkpoint. ValueError, before anything has changed, where it is of another run."""
     check_same(found, config, torch.from_numpy(trainer.schedule.betas.copy()))
     checkpoints.check_fits(found.part("model"), trainer.model.state_dict(), found.path)

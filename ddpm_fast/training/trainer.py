@@ -64,14 +64,18 @@ class Trainer(Steps):
         seed: of everything that is drawn; torch's generators are left as they were.
         device: None: where the model is, or where that is a CPU but there is CUDA, the current GPU.
         workers: processes that read images; None: as many as help.
-        save_every, keep: images between checkpoints, and how many of them stay.
-        resume: whether to go on from the newest checkpoint in `out`.
+        save_every, keep: images between checkpoints (None: ten minutes), and how many of them stay.
+        resume: whether to go on from the newest checkpoint in `out`; False wants a folder without any. Broken ones are
+            passed over with a warning. A run goes on with the model, data and settings it was started with: images (but
+            for "cosine"), save_every, keep, workers, device, compile, channels_last and accumulate may change.
 
     Attributes: images_seen, steps_done, model, ema (an `EMA` or None), optimizer, schedule, data, settings, device,
-    world (a `World`), objective; callbacks, a list of objects with any of on_start(trainer), on_step(trainer,
-    StepReport), on_save(trainer, path) and on_end(trainer), called in process 0.
+    world (a `World`), objective, out; stopped: None, or the signal that ended `train`; callbacks: a list of objects
+    with any of on_start(trainer), on_step(trainer, StepReport), on_save(trainer, path) and on_end(trainer), called in
+    process 0.
 
-    Raises ValueError and TypeError for bad arguments, before anything is changed.
+    Raises ValueError and TypeError for bad arguments, before anything is changed; ValueError for a checkpoint in `out`
+    of another run, OSError where `out` cannot be written.
     """
 
     def __init__(
@@ -121,7 +125,7 @@ class Trainer(Steps):
         self.out = None if out is None else Path(out)
         self.stopped: str | None = None
         self.callbacks: list[Any] = []
-        self._config = config_of(self.model, schedule, self.settings, self.data, self.optimizer, optimizer is not None)
+        self._config = config_of(self, own=optimizer is not None)
         self._run = None if self.out is None else RunFolder(self.out, keep, save_every)
         if self._run is not None:
             open_run(self, self._run, self._config)
@@ -129,24 +133,25 @@ class Trainer(Steps):
     # -- training -----------------------------------------------------------------------------------------------------
 
     def train(self, until: int | None = None) -> None:
-        """Steps until `images` (or `until`, if that is less) images have been seen; saves from time to time and then.
+        """Steps until `images` (or `until`, if that is less) images have been seen; saves from time to time, and then.
 
-        SIGTERM and Ctrl-C wait until the step is taken and saved; then `stopped` names the signal, and after Ctrl-C
-        KeyboardInterrupt follows. A second Ctrl-C takes effect at once, and what was saved before is kept. Raises
+        SIGTERM and Ctrl-C (to any of the processes) wait until the step is taken and saved; `stopped` then names the
+        signal, and after Ctrl-C KeyboardInterrupt follows. A second Ctrl-C takes effect at once. Raises
         FloatingPointError, naming the step and the last checkpoint, if the loss or gradient was not finite; OSError if
-        a checkpoint cannot be written: nothing in memory or on the disk is lost, and `save` may be tried again.
+        a checkpoint cannot be written: those that are there stay, and `train` and `save` may be called again.
         """
         goal = self.settings.images if until is None else min(until, self.settings.images)
         self.stopped = None
         self._call("on_start")
         try:
             with noticed() as stops:
-                while self.images_seen < goal and stops.asked is None:
+                while self.images_seen < goal and not self.world.any(stops.asked is not None):
                     self.step()
                     self._save_if_due()
-                if self._run is not None and not self._run.is_saved(self.images_seen):
-                    self.save()
-            self.stopped = stops.asked
+                if self._run is not None:
+                    self._save(self._run)
+                if self.world.any(stops.asked is not None):
+                    self.stopped = "SIGINT" if self.world.any(stops.asked == "SIGINT") else "SIGTERM"
         finally:
             self._call("on_end")
         if self.stopped == "SIGINT":
@@ -179,30 +184,43 @@ class Trainer(Steps):
             if function is not None:
                 function(self, *arguments)
 
-    # -- checkpoints ---------------------------------------------------------------------------------------------------
+    # -- checkpoints --------------------------------------------------------------------------------------------------
 
     def save(self) -> Path:
         """Writes a checkpoint into the run's folder, OUT/checkpoints; its path. The oldest beyond `keep` go.
 
-        Raises ValueError without `out`, and OSError if it cannot be written: those that are there stay.
+        Process 0 writes, from its own buffers; the others wait. Raises ValueError without `out`, and OSError if it
+        cannot be written: those that are there stay.
         """
         if self._run is None:
             raise ValueError("this Trainer has no folder to save in; give it one: Trainer(..., out=)")
-        path = self._run.write(*self.state(), self._config)
-        self._call("on_save", path)
-        return path
+        return self._save(self._run, again=True)
 
     def load(self, path: str | os.PathLike[str]) -> None:
-        """Goes on from a checkpoint: a file, or the newest whole one in a run's folder.
+        """Goes on from a checkpoint: a file, or the newest whole one in a run's folder. In every process.
 
         Raises FileNotFoundError; ValueError for a broken file, and for one of another model, data or settings that
         decide the result. Then nothing has changed.
         """
-        take(self, checkpoints.read(checkpoints.find(path)), self._config)
+        found = checkpoints.read(checkpoints.find(path))
+        take(self, found, self._config)
+        if self._run is not None:
+            self._run.took(found.path, found.images_seen)
 
     def _save_if_due(self) -> None:
-        if self._run is not None and self._run.is_due(self.images_seen):
-            self.save()
+        """Process 0 looks at its clock; the others meet it again in the next step."""
+        if self._run is not None and self.world.is_main and self._run.is_due(self.images_seen):
+            self._write(self._run)
+
+    def _save(self, run: RunFolder, again: bool = False) -> Path:
+        if self.world.is_main and (again or not run.is_saved(self.images_seen)):
+            self._write(run)
+        self.world.barrier()
+        return run.path(self.images_seen)
+
+    def _write(self, run: RunFolder) -> None:
+        path = run.write(*self.state(), self._config)
+        self._call("on_save", path)
 
     # -- what comes out -----------------------------------------------------------------------------------------------
 
