@@ -33,7 +33,8 @@ def add_arguments(subparsers: Any) -> None:
     )
     parser.add_argument("source", help="a run, a checkpoint, a diffusers folder; or samples: a folder of images, .npz")
     parser.add_argument("--metrics", default="frechet,kid,precision-recall", metavar="A,B", help=_metrics_help())
-    parser.add_argument("-n", "--num", type=int, default=5000, metavar="N", help="samples; default: 5000, or all there are")
+    # -n, for torchrun takes --num of the script that it is to run for its own --numa-binding.
+    parser.add_argument("-n", "--num", type=int, default=5000, metavar="N", help="samples; default: 5000, or all")
     parser.add_argument("--out", type=Path, metavar="JSON", help="a file for the figures")
     parser.add_argument("--dry-run", action="store_true", help="print what it would cost, and end")
     parser.add_argument("--device", default="auto", help="auto (CUDA if there is one), cpu, cuda or cuda:N")

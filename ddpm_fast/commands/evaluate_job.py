@@ -22,7 +22,7 @@ from ..metrics.evaluation import Evaluation, Figures, Part, real_parts
 from ..metrics.features import choose
 from ..sampling.shards import Place
 from ..training.data import Data, open_data
-from ..training.processes import World, share
+from ..training.processes import LostContact, World, share
 from . import given
 from .config import Config
 from .errors import CommandError
@@ -75,6 +75,14 @@ class Job:
 
     def run(self) -> None:
         """Prints the cost and then the figures; CommandError for what cannot be measured."""
+        try:
+            self._run()
+        except LostContact as error:
+            raise CommandError(str(error), code=1) from error
+        finally:
+            self.world.close()  # whoever waits for this process gets an error
+
+    def _run(self) -> None:
         began = time.perf_counter()
         self.say(f"{self._what()}; {_kind(self.train)} of {self.train.name}")
         evaluation, step = self._prepared(), self._seconds_per_step()
@@ -86,7 +94,9 @@ class Job:
         if evaluation is not None:
             try:
                 figures = evaluation.of(self._batches())
-            except RuntimeError as error:
+            except LostContact:
+                raise
+            except RuntimeError as error:  # a sample that is not finite
                 raise CommandError(str(error), code=1) from error
             self.say("measuring real images against real images")
             floor = evaluation.floor_figures()

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..training.data import Data
-from .classifier import Everyone, trained_classifier
+from .small_classifier import Everyone, trained_classifier
 
 KINDS = ("auto", "inception", "classifier", "pixels")
 WEIGHTS_VARIABLE = "DDPM_FAST_INCEPTION"

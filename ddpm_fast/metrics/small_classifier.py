@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import warnings
@@ -177,7 +178,7 @@ def _load(network: Classifier, path: Path) -> bool:
     try:
         with np.load(path, allow_pickle=False) as file:
             network.load_state_dict({name: torch.tensor(file[name]) for name in file.files})
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return False
     except (OSError, ValueError, EOFError, RuntimeError, AttributeError, zipfile.BadZipFile):
         warnings.warn(f"{path} holds no weights of the classifier that is wanted; it is trained anew", stacklevel=3)
@@ -196,4 +197,5 @@ def _save(network: Classifier, path: Path) -> None:
         os.replace(temporary, path)
     except OSError as error:
         warnings.warn(f"the classifier could not be kept in {path}: {error.strerror or error}", stacklevel=3)
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
