@@ -17,9 +17,9 @@ SHAPES = [(4, 5, 6, 2, 2), (4, 3, 7, 4, 4), (5, 4, 4, 1, 1), (4, 4, 5, 1, 7), (6
 
 @pytest.fixture
 def small(monkeypatch):
-    """The products serve layers of few channels, too, and the first layer's way is that of no other."""
-    monkeypatch.setattr(convolution, "FEWEST_WEIGHTS", 1)
-    monkeypatch.setattr(convolution, "FEWEST_TRANSPOSED", 1)
+    """The products serve layers of few channels, and small batches, too."""
+    for name in ("FEWEST_WEIGHTS", "FEWEST_DENSE_SAMPLES", "FEWEST_TRANSPOSED_WEIGHTS"):
+        monkeypatch.setattr(convolution, name, 1)
 
 
 def layer_of(inputs, outputs, **options):
@@ -55,22 +55,6 @@ def test_gradients_are_those_of_the_layer(small, shape, kind, dtype):
 
 
 @pytest.mark.parametrize("kind", ["contiguous", "channels_last"])
-@pytest.mark.parametrize("shape", [(4, 3, 8, 7, 5), (5, 1, 4, 6, 6)], ids=str)
-def test_the_first_layer(shape, kind):
-    """Few channels, no gradient of the image: its neighbourhoods as columns."""
-    n, inputs, outputs, *image = shape
-    layer = layer_of(inputs, outputs).bfloat16()
-    x, g = rand((n, inputs, *image), torch.bfloat16, 1, kind), rand((n, outputs, *image), torch.bfloat16, 2)
-    assert convolution._kind(x, layer, torch.bfloat16) == "columns"
-    assert convolution._kind(x, layer, torch.float32) == "onednn"
-    exact = copy.deepcopy(layer).double()
-    convolution.conv3x3(x, layer).backward(g)
-    exact(x.double()).backward(g.double())
-    for mine, true in zip(layer.parameters(), exact.parameters(), strict=True):
-        torch.testing.assert_close(mine.grad.double(), true.grad, **HALF)
-
-
-@pytest.mark.parametrize("kind", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("shape", [(3, 6, 4, 3, 5), (1, 2, 3, 1, 1), (4, 5, 1, 2, 2)], ids=str)
 def test_transposed_gradients_are_those_of_the_layer(small, shape, kind):
     n, inputs, outputs, height, width = shape
@@ -83,8 +67,8 @@ def test_transposed_gradients_are_those_of_the_layer(small, shape, kind):
     assert [value.dtype for value in got] == [torch.bfloat16, *[torch.float32] * 3]
     for mine, true in zip(got, exact, strict=True):
         torch.testing.assert_close(mine.double(), true, **HALF)
-    plain = convolution.conv_transpose2x2(x.requires_grad_(), layer)  # float32: the layer itself
-    assert "_ConvTranspose2x2" not in type(plain.grad_fn).__name__
+    large = convolution.conv_transpose2x2(rand((1, inputs, 5, 4)), layer)  # in float32: the layer itself
+    assert "_ConvTranspose2x2" not in type(large.grad_fn).__name__
 
 
 @pytest.mark.parametrize("image", [(4, 4), (2, 2), (1, 2), (1, 4)], ids=str)
@@ -99,6 +83,15 @@ def test_gradients_under_autocast(small, image):
     for ours, eager, true in zip(mine, theirs, exact, strict=True):
         assert ours.dtype == eager.dtype
         assert (ours - true).norm() <= 1.1 * (eager - true).norm() + 1e-6
+
+
+def test_ways_of_a_convolution():
+    """What was measured to be fastest, by batch, places and channels."""
+    deep, wide = nn.Conv2d(256, 512, 3, device="meta"), nn.Conv2d(256, 511, 3, device="meta")
+    expected = {(16, 2): "dense", (15, 2): "products", (16, 4): "products", (3, 4): "onednn", (16, 5): "onednn"}
+    for (n, size), way in expected.items():
+        x = torch.empty(n, 256, size, size, device="meta")
+        assert (convolution._kind(x, deep), convolution._kind(x, wide)) == (way, "onednn")
 
 
 class Shouting(nn.Conv2d):

@@ -1,8 +1,9 @@
 """Convolutions of a U-Net in training on a CPU, as matrix products where PyTorch's own are slow.
 
-On images of few places with many channels, and transposed, oneDNN takes the gradient of the weights ten and more times
-as long as the convolution itself. As matrix products it costs what it should. Each function calls the layer wherever
-it is not a plain one, or oneDNN was measured to be as fast (AVX512-BF16, 2 threads, batches 1 to 128).
+On images of few places with many channels, the deep levels, oneDNN takes several times as long as the arithmetic needs,
+above all for the gradient of the weights; and its threads wait for each other in loops, which costs the more the busier
+the machine is. Each function calls the layer wherever it is not a plain one, or oneDNN is as fast. Limits were measured
+on one thread (AVX512-BF16, batches 8 and 128).
 """
 
 from __future__ import annotations
@@ -14,25 +15,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 MOST_PLACES, FEWEST_SAMPLES, FEWEST_WEIGHTS = 16, 4, 2**17
-"""Up to 4x4 places and from 256 x 512 channels on, products are 1.2 to 40 times as fast, in float32 too."""
+"""Weight gradients as nine products, one per tap: up to 4x4 places and from 256 x 512 channels on, 1.1 to 9 times as
+fast."""
 
-MOST_DENSE_PLACES = 4
-"""Up to so many places, in 16 bits, the whole convolution is one product with a matrix from all places to all."""
+MOST_DENSE_PLACES, FEWEST_DENSE_SAMPLES = 4, 16
+"""Up to so many places the whole convolution is one product, with a matrix from all places to all: 4 to 7 times as fast
+for 1024 channels in a batch of 128; in a small batch the matrix costs more to make than it saves."""
 
-MOST_COLUMN_CHANNELS = 4
-"""An image's first layer, in 16 bits: up to so many channels the places' neighbourhoods are laid out as rows."""
-
-FEWEST_TRANSPOSED = 2**13
-"""Input times output channels of a transposed convolution in 16 bits, 4 to 18 times as fast."""
-
-Half = (torch.bfloat16, torch.float16)
+MOST_TRANSPOSED_PLACES, FEWEST_TRANSPOSED_WEIGHTS = 16, 2**13
+"""Gradients of a transposed convolution: up to so many places, and in 16 bits on any image, 1 to 4 times as fast."""
 
 
 def conv3x3(x: Tensor, layer: nn.Conv2d) -> Tensor:
     """layer(x), x (N, C, H, W), with a gradient that is fast on a CPU."""
     if _trains_on_cpu(x, layer) and _is_plain(layer, nn.Conv2d, 3, 1, 1):
         dtype = _compute_dtype(x)
-        kind = _kind(x, layer, dtype)
+        kind = _kind(x, layer)
         if kind != "onednn":
             y: Tensor = _Conv3x3.apply(x.to(dtype), layer.weight, _cast(layer.bias, dtype), kind)
             return y
@@ -44,7 +42,8 @@ def conv_transpose2x2(x: Tensor, layer: nn.ConvTranspose2d) -> Tensor:
     """layer(x), x (N, C, H, W) -> (N, C', 2 H, 2 W), with a gradient that is fast on a CPU."""
     if _trains_on_cpu(x, layer) and _is_plain(layer, nn.ConvTranspose2d, 2, 2, 0):
         dtype = _compute_dtype(x)
-        if dtype in Half and layer.in_channels * layer.out_channels >= FEWEST_TRANSPOSED:
+        few = dtype in (torch.bfloat16, torch.float16) or x.shape[2] * x.shape[3] <= MOST_TRANSPOSED_PLACES
+        if few and layer.in_channels * layer.out_channels >= FEWEST_TRANSPOSED_WEIGHTS:
             y: Tensor = _ConvTranspose2x2.apply(x.to(dtype), layer.weight, _cast(layer.bias, dtype))
             return y
     y = layer(x)
@@ -76,14 +75,13 @@ def _cast(bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return None if bias is None else bias.to(dtype)
 
 
-def _kind(x: Tensor, layer: nn.Conv2d, dtype: torch.dtype) -> str:
-    """How a 3x3 convolution is done: "dense", "products" or "columns", or "onednn"."""
+def _kind(x: Tensor, layer: nn.Conv2d) -> str:
+    """How a 3x3 convolution is done: "dense", with "products" for its weights' gradient, or as by "onednn"."""
     n, channels, height, width = x.shape
-    if n < FEWEST_SAMPLES:
+    places = height * width
+    if n < FEWEST_SAMPLES or places > MOST_PLACES or channels * layer.out_channels < FEWEST_WEIGHTS:
         return "onednn"
-    if channels * layer.out_channels >= FEWEST_WEIGHTS and height * width <= MOST_PLACES:
-        return "dense" if dtype in Half and height * width <= MOST_DENSE_PLACES else "products"
-    return "columns" if dtype in Half and channels <= MOST_COLUMN_CHANNELS and not x.requires_grad else "onednn"
+    return "dense" if places <= MOST_DENSE_PLACES and n >= FEWEST_DENSE_SAMPLES else "products"
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -121,19 +119,17 @@ class _Conv3x3(torch.autograd.Function):
             g_x = torch.ops.aten.convolution_backward(
                 g, x, used, None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1, [True, False, False]
             )[0]
-        g_weight = None
-        if need_weight:
-            of_weight = weight_gradient_by_columns if ctx.kind == "columns" else weight_gradient
-            g_weight = of_weight(x, g, ctx.weight_dtype)
+        g_weight = weight_gradient(x, g, ctx.weight_dtype) if need_weight else None
         return g_x, g_weight, g.sum((0, 2, 3)) if need_bias and ctx.has_bias else None, None
 
 
 def dense_matrix(weight: Tensor, height: int, width: int) -> Tensor:
-    """The matrix (places' out channels, places' in channels) of the 3x3 convolution of images of up to 2x2 places."""
+    """The 3x3 convolution of images of this size as a matrix, (height width out, height width in)."""
     out, channels = weight.shape[:2]
     taps = weight.permute(0, 2, 3, 1)
     places = [(i, j) for i in range(height) for j in range(width)]
-    result = weight.new_zeros((len(places), out, len(places), channels))
+    allocate = weight.new_empty if max(height, width) <= 2 else weight.new_zeros  # else not all are neighbours
+    result = allocate((len(places), out, len(places), channels))
     for p, (i, j) in enumerate(places):
         for q, (k, m) in enumerate(places):
             if abs(k - i) <= 1 and abs(m - j) <= 1:
@@ -162,15 +158,6 @@ def weight_gradient(x: Tensor, g: Tensor, dtype: torch.dtype) -> Tensor:
             of_g = g[:, :, max(0, 1 - i) : height + min(0, 1 - i), max(0, 1 - j) : width + min(0, 1 - j)]
             result[:, i, j] = _rows(of_g).t() @ _rows(of_x)
     return result.permute(0, 3, 1, 2)
-
-
-def weight_gradient_by_columns(x: Tensor, g: Tensor, dtype: torch.dtype) -> Tensor:
-    """The same as one product with the 3x3 neighbourhoods of all places, 9 times as many numbers as x has."""
-    height, width = x.shape[2:]
-    bordered = F.pad(x.permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1))
-    taps = [bordered[:, i : i + height, j : j + width] for i in range(3) for j in range(3)]
-    product = _rows(g).t() @ torch.stack(taps, 3).view(-1, 9 * x.shape[1])
-    return product.to(dtype).view(-1, 3, 3, x.shape[1]).permute(0, 3, 1, 2)
 
 
 class _ConvTranspose2x2(torch.autograd.Function):
