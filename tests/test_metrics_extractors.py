@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from ddpm_fast.metrics import Extractor, features, frechet_distance, inception
-from ddpm_fast.metrics.small_classifier import Classifier, trained_classifier
 from ddpm_fast.metrics.evaluation import Evaluation, Part, real_parts
 from ddpm_fast.metrics.features import choose, find_inception_weights, pixels
+from ddpm_fast.metrics.small_classifier import Classifier, trained_classifier
 from ddpm_fast.training.data import TensorData
 
 
@@ -208,7 +208,7 @@ def test_without_torch_fidelity(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch_fidelity", None)
     path = tmp_path / "weights.pth"
     torch.save({}, path)
-    with pytest.raises(ImportError, match="Inception features need torch-fidelity .*: pip install torch-fidelity"):
+    with pytest.raises(ImportError, match=r"Inception features need torch-fidelity .*: pip install torch-fidelity"):
         inception(path)
 
 

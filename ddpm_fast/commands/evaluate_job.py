@@ -39,6 +39,7 @@ SHOWN = {
     "density": ("density", "{:.3f}", 1),
     "coverage": ("coverage", "{:.3f}", 1),
 }
+_FEW_STEPS, _LONG = 50, 600.0  # seconds after which a shorter way is worth a line
 
 
 class Job:
@@ -248,6 +249,7 @@ class Job:
                     f"about {_duration(seconds)}"
                 )
             batch = next(evaluation.reference.batches(0, self.arguments.batch_size, self.arguments.batch_size))
+            evaluation.extractor(batch)  # the first call costs more
             look = timed(lambda: evaluation.extractor(batch)) / len(batch)
             images = self.num + evaluation.real_images
             seconds = look * images / self.world.size
@@ -268,17 +270,21 @@ class Job:
                 f"about {_duration(seconds)}"
             )
         self.say(f"cost: about {_duration(total)} in all, from timed batches")
+        steps = 0 if self.source is None or evaluation is None else len(self.source.sampler)
+        if steps > _FEW_STEPS and total > _LONG:
+            seconds = per_image * len(self.share) * _FEW_STEPS
+            self.say(f"--method ddim --steps {_FEW_STEPS} would draw in about {_duration(seconds)}")
 
     def _print(self, evaluation: Evaluation | None, figures: Figures, floor: Figures, bits: Bits | None) -> None:
         if evaluation is not None:
             columns = (f"{self.num:,} samples", f"{len(evaluation.floor):,} real images")
-            print(f"\n{'':24}{columns[0]:>18}{columns[1]:>24}")
+            print(f"\n{'':24}{columns[0]:>22}{columns[1]:>22}")
             for name, (label, form, scale) in SHOWN.items():
                 if name in figures:
                     ours, theirs = (form.format(scale * x[name]) for x in (figures, floor))
                     if f"{name}_std" in figures:
                         ours += f" +- {1000 * figures['kid_std']:.3f}"
-                    print(f"{label:24}{ours:>18}{theirs:>24}")
+                    print(f"{label:24}{ours:>22}{theirs:>22}")
             print(f"against {evaluation.reference.name} ({len(evaluation.reference):,} images);", end=" ")
             print(f"the real images are of {evaluation.floor.name}")
             note = f", {evaluation.extractor.note}" if evaluation.extractor.note else ""
