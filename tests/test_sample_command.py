@@ -229,8 +229,7 @@ def test_a_diffusers_folder(sample, tmp_path):
 # -- processes and restarts ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["pixels", "float32"])
-@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize(("kind", "size"), [("pixels", 2), ("pixels", 3), ("float32", 3)])
 def test_any_number_of_processes_gives_the_same_bits(run, sample, tmp_path, kind, size):
     options = ["-n", 37, "--first", 5, "--deterministic", "--npz", "--guidance", "1.5", "--batch-size", 20]
     options += ["--float32"] if kind == "float32" else []
