@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -357,6 +358,17 @@ def test_a_full_disk_keeps_what_is_there(run, sample, tmp_path, monkeypatch):
     monkeypatch.setattr(sample_store.os, "replace", replace)
     assert sample(run, out, *options)[0] == 0
     assert np.array_equal(np.stack(list(pngs(out).values())), expected(64)[:, 0].numpy())
+
+    # A real limit, which the images keep and what is made of them does not.
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))
+    try:
+        code, _, errors = sample(run, out, *options, "--npz")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert code == 2
+    assert f"cannot write to {out / 'samples.npz'}: File too large; 64 of 64 samples are in {out}" in errors
+    assert sorted(p.name for p in out.iterdir()) == ["images", "sample.json"]
 
 
 # -- what is refused -------------------------------------------------------------------------------------------------
