@@ -1,11 +1,10 @@
 // The Python module ddpm_fast._C: pointers come in as integers, errors go out as exceptions. The only files that know
-// Python are this one and bindings_inference.cpp.
+// Python are this one, bindings_norms.cpp and bindings_inference.cpp.
 //
 // Every op function takes (device, stream_or_threads, ...): device -1 is the CPU and then the second number is how many
 // threads may be used; otherwise it is a CUDA device index and the second number is its cudaStream_t.
 #include <pybind11/pybind11.h>
 
-#include <stdexcept>
 #include <string>
 
 #include "bindings.h"
@@ -22,35 +21,6 @@ namespace py = pybind11;
 
 namespace ddpm_fast {
 namespace {
-
-Shape shape_of(int64_t n, int64_t channels, int64_t inner, bool channels_last) {
-  return {n, channels, inner, channels_last};
-}
-
-template <typename Args>
-using CpuLauncher = Status (*)(const Args&, int);
-template <typename Args>
-using CudaLauncher = Status (*)(const Args&, int, void*);
-
-template <typename Args>
-void launch(const Args& args, int device, Address stream, CpuLauncher<Args> cpu, CudaLauncher<Args> cuda) {
-  Status status;
-  {
-    py::gil_scoped_release unlocked;
-    status = device < 0 ? cpu(args, static_cast<int>(stream)) : cuda(args, device, pointer<void>(stream));
-  }
-  if (!status.ok()) throw std::runtime_error(status.message);
-}
-
-#if defined(DDPM_FAST_HAS_CUDA)
-#define DDPM_FAST_LAUNCHERS(op) op##_cpu, op##_cuda
-#else
-template <typename Args>
-Status not_built(const Args&, int, void*) {
-  return {"this ddpm_fast was built without CUDA (no nvcc was found, or DDPM_FAST_CUDA=OFF)"};
-}
-#define DDPM_FAST_LAUNCHERS(op) op##_cpu, not_built
-#endif
 
 void normal(
     int device, Address stream, int64_t n, int64_t channels, int64_t inner, bool channels_last, Address out, int dtype,
@@ -143,116 +113,6 @@ void add_bias_temb_backward(
   args.gh_sum = pointer<float>(gh_sum);
   args.g_sum = pointer<float>(g_sum);
   launch<AddBiasTembBackwardArgs>(args, device, stream, DDPM_FAST_LAUNCHERS(add_bias_temb_backward));
-}
-
-// What forward and backward pass alike.
-GroupNormSiluArgs group_norm_silu_args(
-    const Shape& shape, int64_t groups, const Array& h, const Array& bias, const Array& temb, const Array& weight,
-    bool weight_per_sample, const Array& beta, bool beta_per_sample, bool silu, Address mean, Address rstd,
-    int64_t parts, Address workspace
-) {
-  GroupNormSiluArgs args;
-  args.shape = shape;
-  args.groups = groups;
-  args.h = h;
-  args.bias = bias;
-  args.temb = temb;
-  args.weight = weight;
-  args.weight_per_sample = weight_per_sample;
-  args.beta = beta;
-  args.beta_per_sample = beta_per_sample;
-  args.silu = silu;
-  args.mean = pointer<float>(mean);
-  args.rstd = pointer<float>(rstd);
-  args.parts = parts;
-  args.workspace = pointer<float>(workspace);
-  return args;
-}
-
-void group_norm_silu(
-    int device, Address stream, int64_t n, int64_t channels, int64_t inner, bool channels_last, int64_t groups,
-    Address h, int h_dtype, Address bias, int bias_dtype, Address temb, int temb_dtype, Address weight,
-    int weight_dtype, bool weight_per_sample, Address beta, int beta_dtype, bool beta_per_sample, bool silu,
-    Address mean, Address rstd, int64_t parts, Address workspace, float eps, Address y
-) {
-  GroupNormSiluArgs args = group_norm_silu_args(
-      shape_of(n, channels, inner, channels_last), groups, array(h, h_dtype), array(bias, bias_dtype),
-      array(temb, temb_dtype), array(weight, weight_dtype), weight_per_sample, array(beta, beta_dtype), beta_per_sample,
-      silu, mean, rstd, parts, workspace
-  );
-  args.eps = eps;
-  args.y = array(y, h_dtype);
-  launch<GroupNormSiluArgs>(args, device, stream, DDPM_FAST_LAUNCHERS(group_norm_silu));
-}
-
-void group_norm_silu_backward(
-    int device, Address stream, int64_t n, int64_t channels, int64_t inner, bool channels_last, int64_t groups,
-    Address h, int h_dtype, Address bias, int bias_dtype, Address temb, int temb_dtype, Address weight,
-    int weight_dtype, bool weight_per_sample, Address beta, int beta_dtype, bool beta_per_sample, bool silu,
-    Address mean, Address rstd, int64_t parts, Address workspace, Address g, int g_dtype, Address g_h, Address g_sum,
-    Address d_weight, Address d_beta
-) {
-  GroupNormSiluArgs args = group_norm_silu_args(
-      shape_of(n, channels, inner, channels_last), groups, array(h, h_dtype), array(bias, bias_dtype),
-      array(temb, temb_dtype), array(weight, weight_dtype), weight_per_sample, array(beta, beta_dtype), beta_per_sample,
-      silu, mean, rstd, parts, workspace
-  );
-  args.g = array(g, g_dtype);
-  args.g_h = array(g_h, h_dtype);
-  args.g_sum = pointer<float>(g_sum);
-  args.d_weight = pointer<float>(d_weight);
-  args.d_beta = pointer<float>(d_beta);
-  launch<GroupNormSiluArgs>(args, device, stream, DDPM_FAST_LAUNCHERS(group_norm_silu_backward));
-}
-
-// What forward and backward pass alike.
-RmsNormSiluArgs rms_norm_silu_args(
-    const Shape& shape, const Array& h, const Array& weight, bool weight_per_sample, const Array& beta,
-    bool beta_per_sample, float eps, bool silu
-) {
-  RmsNormSiluArgs args;
-  args.shape = shape;
-  args.h = h;
-  args.weight = weight;
-  args.weight_per_sample = weight_per_sample;
-  args.beta = beta;
-  args.beta_per_sample = beta_per_sample;
-  args.eps = eps;
-  args.silu = silu;
-  return args;
-}
-
-void rms_norm_silu(
-    int device, Address stream, int64_t n, int64_t channels, int64_t inner, bool channels_last, Address h, int h_dtype,
-    Address weight, int weight_dtype, bool weight_per_sample, Address beta, int beta_dtype, bool beta_per_sample,
-    float eps, bool silu, Address residual, Address y
-) {
-  RmsNormSiluArgs args = rms_norm_silu_args(
-      shape_of(n, channels, inner, channels_last), array(h, h_dtype), array(weight, weight_dtype), weight_per_sample,
-      array(beta, beta_dtype), beta_per_sample, eps, silu
-  );
-  args.residual = array(residual, h_dtype);
-  args.y = array(y, h_dtype);
-  launch<RmsNormSiluArgs>(args, device, stream, DDPM_FAST_LAUNCHERS(rms_norm_silu));
-}
-
-void rms_norm_silu_backward(
-    int device, Address stream, int64_t n, int64_t channels, int64_t inner, bool channels_last, Address h, int h_dtype,
-    Address weight, int weight_dtype, bool weight_per_sample, Address beta, int beta_dtype, bool beta_per_sample,
-    float eps, bool silu, Address g, int g_dtype, Address g_h, Address d_weight, Address d_beta, int64_t parts,
-    Address workspace
-) {
-  RmsNormSiluArgs args = rms_norm_silu_args(
-      shape_of(n, channels, inner, channels_last), array(h, h_dtype), array(weight, weight_dtype), weight_per_sample,
-      array(beta, beta_dtype), beta_per_sample, eps, silu
-  );
-  args.g = array(g, g_dtype);
-  args.g_h = array(g_h, h_dtype);
-  args.d_weight = pointer<float>(d_weight);
-  args.d_beta = pointer<float>(d_beta);
-  args.parts = parts;
-  args.workspace = pointer<float>(workspace);
-  launch<RmsNormSiluArgs>(args, device, stream, DDPM_FAST_LAUNCHERS(rms_norm_silu_backward));
 }
 
 void ddpm_step(
@@ -368,10 +228,7 @@ PYBIND11_MODULE(DDPM_FAST_MODULE_NAME, m) {
   m.def("q_sample_backward", &ddpm_fast::q_sample_backward);
   m.def("add_bias_temb", &ddpm_fast::add_bias_temb);
   m.def("add_bias_temb_backward", &ddpm_fast::add_bias_temb_backward);
-  m.def("group_norm_silu", &ddpm_fast::group_norm_silu);
-  m.def("group_norm_silu_backward", &ddpm_fast::group_norm_silu_backward);
-  m.def("rms_norm_silu", &ddpm_fast::rms_norm_silu);
-  m.def("rms_norm_silu_backward", &ddpm_fast::rms_norm_silu_backward);
+  ddpm_fast::bind_norms(m);
   m.def("ddpm_step", &ddpm_fast::ddpm_step);
   m.def("noise_mse", &ddpm_fast::noise_mse);
   m.def("noise_mse_backward", &ddpm_fast::noise_mse_backward);

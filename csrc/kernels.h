@@ -124,6 +124,23 @@ struct RmsNormSiluArgs {
   float* workspace = nullptr;  // CUDA, parts > 1: [n, parts, channels, 2] floats
 };
 
+// batch_norm_silu, forward and backward.
+struct BatchNormSiluArgs {
+  Shape shape;
+  Array h;
+  Array temb;            // forward; [n, channels]; optional
+  Array weight, bias;    // [channels]; both optional
+  bool of_batch = true;  // whether mean and var are those of h, which the forward pass then writes
+  bool silu = false;
+  float eps = 0.0f;
+  float *mean = nullptr, *var = nullptr;         // [channels]; var is the biased one
+  Array y;                                       // forward
+  Array g;                                       // backward
+  Array g_h;                                     // backward; optional
+  float* g_temb = nullptr;                       // backward, [n, channels]: sums of g; optional
+  float *d_weight = nullptr, *d_bias = nullptr;  // backward, [channels]: sums of g_u xhat and of g_u
+};
+
 struct DdpmStepArgs {
   Shape shape;
   float* x = nullptr;  // in place
@@ -171,6 +188,8 @@ Status group_norm_silu_cpu(const GroupNormSiluArgs& args, int threads);
 Status group_norm_silu_backward_cpu(const GroupNormSiluArgs& args, int threads);
 Status rms_norm_silu_cpu(const RmsNormSiluArgs& args, int threads);
 Status rms_norm_silu_backward_cpu(const RmsNormSiluArgs& args, int threads);
+Status batch_norm_silu_cpu(const BatchNormSiluArgs& args, int threads);
+Status batch_norm_silu_backward_cpu(const BatchNormSiluArgs& args, int threads);
 Status ddpm_step_cpu(const DdpmStepArgs& args, int threads);
 Status noise_mse_cpu(const NoiseMseArgs& args, int threads);
 Status noise_mse_backward_cpu(const NoiseMseArgs& args, int threads);

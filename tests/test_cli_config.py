@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 import math
 
 import pytest
 
+from ddpm_fast import Trainer
 from ddpm_fast.cli import _Parser
 from ddpm_fast.commands import given, values
-from ddpm_fast.commands.config import FIELDS, Config
+from ddpm_fast.commands.config import Config
 from ddpm_fast.commands.errors import CommandError
+from ddpm_fast.commands.fields import FIELDS
 
 
 def flags(line: str) -> given.Given:
@@ -37,6 +40,17 @@ def test_defaults_survive_their_own_checks():
             assert values.checked(field.default, field.kind, field.choices) == field.default
             assert field.in_bounds(field.default)
             assert field.text
+
+
+def test_defaults_are_the_trainers():
+    """Two differ, and say so: labels are dropped where there are any, and the precision is what pays."""
+    parameters = inspect.signature(Trainer).parameters
+    ours = {**vars(Config().training), "flip": Config().data.flip, "workers": Config().data.workers}
+    assert ours.keys() <= parameters.keys()
+    different = {name: value for name, value in ours.items() if value != parameters[name].default}
+    assert different == {"label_dropout": 0.1, "precision": "auto", "device": "auto"}
+    chosen_elsewhere = {"model", "schedule", "data", "out", "optimizer", "save_every", "keep", "resume"}
+    assert parameters.keys() - ours.keys() == chosen_elsewhere
 
 
 def test_a_flag_and_its_line_of_toml_say_the_same(tmp_path):

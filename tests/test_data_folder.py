@@ -16,6 +16,7 @@ import pytest
 import torch
 from torch.utils.data import Dataset
 
+import ddpm_fast
 from ddpm_fast.training.data import TensorData, as_data, open_data, prefetch
 from ddpm_fast.training.data import folder as module
 from ddpm_fast.training.data.folder import FolderData
@@ -356,3 +357,21 @@ def test_a_worker_is_sent_no_pixels(many):
     data._pictures = None
     assert len(pickle.dumps(data)) < small + 2000
     assert torch.equal(data.labels or torch.zeros(0), torch.zeros(0))
+
+
+def test_training_on_a_folder_is_training_on_its_pixels(classes, large):
+    def trained(data, workers):
+        torch.manual_seed(0)
+        model = ddpm_fast.UNet(3, 32, width=8, depth=1, num_classes=2)
+        trainer = ddpm_fast.Trainer(
+            model, ddpm_fast.Schedule.linear(20), data, images=32, batch_size=4, flip=True, workers=workers, ema=None
+        )
+        trainer.train()
+        return model.state_dict()
+
+    break_some(classes)
+    with pytest.warns(UserWarning, match="2 of 6 images in .* are skipped"):
+        ours = trained(open_data(classes), workers=1)
+    data = open_data(classes)
+    theirs = trained((every(data), data.labels), workers=None)
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)

@@ -12,6 +12,7 @@ from PIL import Image
 from ddpm_fast import DDPMUNet, Schedule, UNet
 from ddpm_fast.commands import config, log, networks
 from ddpm_fast.commands.errors import CommandError
+from ddpm_fast.commands.fields import FIELDS
 from ddpm_fast.commands.progress import Progress, duration
 from ddpm_fast.nn import RMSNormUNet
 from ddpm_fast.training.data import SOURCES
@@ -53,7 +54,7 @@ def test_progress_outside_a_terminal_prints_a_line_now_and_then():
     walk(Progress(10_000, stream=stream, clock=clock), clock, range(1, 131))  # 65 seconds
     lines = stream.getvalue().splitlines()
     assert len(lines) == 3  # after 30 and 60 seconds, and the end
-    assert lines[0] == "  6.0 % | 600 of 10,000 images | loss 30.5 | 20 images/s | 7:50 left"
+    assert lines[0] == "  6.0 % | 600 of 10,000 images | loss 31.02 | 20 images/s | 7:50 left"
     assert lines[2].startswith(" 13.0 % | 1,300 of 10,000 images")
 
 
@@ -78,8 +79,9 @@ def test_progress_in_a_terminal_rewrites_its_line(monkeypatch):
 
 def test_progress_averages_over_the_last_steps_and_says_when_it_will_be_stopped():
     clock, stream = Clock(), io.StringIO()
-    progress = Progress(1000, deadline=clock.now + 20, stream=stream, clock=clock)
+    progress = Progress(1000, stream=stream, clock=clock)
     progress.on_start(at(500))
+    progress.deadline = clock.now + 20
     for step in range(51, 56):
         clock.now += 1
         progress.on_step(None, report(step, loss=step - 50, seconds=1.0))
@@ -156,7 +158,8 @@ def test_the_plot_is_a_picture_with_the_losses(tmp_path):
 
 
 def test_running_mean():
-    assert log.running_mean([1.0, 3.0, 5.0, 7.0], 2) == [1.0, 2.0, 4.0, 6.0]
+    assert log.running_mean([1.0, 3.0, 8.0, 7.0, 9.0], 3) == [1.0, 4.0, 6.0, 8.0, 8.0]
+    assert log.running_mean([4.0], 2) == [4.0]
 
 
 # -- the network and the schedule -------------------------------------------------------------------------------------
@@ -234,4 +237,4 @@ def test_schedules():
 
 def test_sources_are_those_of_open_data():
     assert config.SOURCES == SOURCES
-    assert all(name in config.FIELDS["data"]["source"].text for name in SOURCES[:4])
+    assert all(name in FIELDS["data"]["source"].text for name in SOURCES[:4])

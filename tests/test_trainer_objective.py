@@ -182,7 +182,7 @@ def test_a_self_conditioned_network_is_told_its_own_estimate(prediction, clip, i
     (x_t, zeros), (again, told) = net.calls
     assert torch.equal(x_t, again)
     assert not zeros.any()
-    t, eps = drawn()
+    t, _ = drawn()
     ab = torch.from_numpy(SCHEDULE.alphas_cumprod[t]).view(N, 1, 1, 1)
     m = Net()(x_t, torch.from_numpy(t), x_self_cond=zeros).detach()
     x0 = {

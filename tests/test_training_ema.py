@@ -98,6 +98,44 @@ def test_state_dicts_go_both_ways(direction):
     assert_same(*((second, first) if direction == "to ours" else (first, second)))
 
 
+def test_copied_buffers_and_averaged_weights():
+    """Integers too; tied weights are averaged once."""
+    model = small_model()
+    model.append(nn.Linear(4, 2))
+    model[3].weight = model[2].weight = nn.Parameter(torch.ones(2, 4))
+    ema = EMA(model, 0.5, update_every=1, update_after_step=0, min_value=0.5, buffers="copy")
+    expected = None
+    for step in range(4):
+        walk(model, step)
+        ema.update()
+        weight = model[3].weight.detach().clone()
+        expected = weight if expected is None else 0.5 * expected + 0.5 * weight
+    for name, value in model.named_buffers():
+        assert torch.equal(ema.ema_model.get_buffer(name), value), name
+    assert ema.ema_model[1].num_batches_tracked == 4
+    torch.testing.assert_close(ema.ema_model[3].weight, expected)
+    assert ema.ema_model[2].weight is ema.ema_model[3].weight
+
+
+def test_going_on_from_a_step():
+    """What `ema_model` and a number of calls are enough for."""
+    options = {"update_every": 3, "update_after_step": 4}
+    model, other = small_model(), small_model()
+    first, second = EMA(model, **options), EMA(other, **options)
+    for step in range(20):
+        walk(model, step)
+        first.update()
+    other.load_state_dict(model.state_dict())
+    second.ema_model.load_state_dict(first.ema_model.state_dict())
+    second.go_on_from(20)
+    for step in range(20, 30):
+        for one, ema in ((model, first), (other, second)):
+            walk(one, step)
+            ema.update()
+    for key, value in first.state_dict().items():
+        assert torch.equal(second.state_dict()[key], value), key
+
+
 def test_files_of_old_releases_load():
     model = small_model()
     state = {**EMA(model).state_dict(), "initted": torch.tensor([1.0]), "step": torch.tensor([57])}
@@ -127,6 +165,7 @@ def test_what_is_averaged_is_a_copy_without_gradients():
     [
         ({"beta": 1.5}, "beta must be in 0..1, got 1.5"),
         ({"update_every": 0}, "update_every must be at least 1, got 0"),
+        ({"buffers": "keep"}, "buffers must be 'average' or 'copy', got 'keep'"),
     ],
 )
 def test_bad_input(options, message):

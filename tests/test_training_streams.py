@@ -40,7 +40,8 @@ def test_the_order_does_not_depend_on_how_it_is_asked_for(orders):
 def test_epochs_of_many_images_are_sorted_one_at_a_time():
     n = 5000
     order = streams.Order(3, n)
-    expected = [np.argsort(noise.random_bits(3, e, 1, noise.STREAM_PERMUTATION, n)[0], kind="stable") for e in (0, 1, 2)]
+    keys = [noise.random_bits(3, epoch, 1, noise.STREAM_PERMUTATION, n)[0] for epoch in range(3)]
+    expected = [np.argsort(key, kind="stable") for key in keys]
     assert order.indices(4990, 5020).tolist() == np.concatenate(expected)[4990:10010].tolist()
     assert len(order._blocks) == 2
 
@@ -64,13 +65,15 @@ def test_timesteps_and_coins_are_the_specifications(first, device):
         assert abs(expected.mean() - p) <= 4 * math.sqrt(p * (1 - p) / n)
 
 
-def test_what_a_step_draws_once():
-    words = [int(noise.random_bits(9, first, 1, noise.STREAM_SELF_COND, 1)[0, 0]) for first in range(0, 6400, 64)]
-    coins = [streams.batch_coin(9, first, 0.5) for first in range(0, 6400, 64)]
+@pytest.mark.parametrize(("seed", "begin"), [(9, 0), (SEED, 2**40 - 640)])
+def test_what_a_step_draws_once(seed, begin):
+    firsts = range(begin, begin + 6400, 64)
+    words = [int(noise.random_bits(seed, first, 1, noise.STREAM_SELF_COND, 1)[0, 0]) for first in firsts]
+    coins = [streams.batch_coin(seed, first, 0.5) for first in firsts]
     assert coins == [word < 2**31 for word in words]
     assert 30 < sum(coins) < 70
-    seeds = [streams.dropout_seed(9, first) for first in range(0, 6400, 64)]
-    assert seeds == [int(noise.random_bits(9, f, 1, noise.STREAM_MODEL_DROPOUT, 1)[0, 0]) for f in range(0, 6400, 64)]
+    seeds = [streams.dropout_seed(seed, first) for first in firsts]
+    assert seeds == [int(noise.random_bits(seed, first, 1, noise.STREAM_MODEL_DROPOUT, 1)[0, 0]) for first in firsts]
     assert len(set(seeds)) == 100
 
 

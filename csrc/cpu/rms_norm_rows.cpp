@@ -5,28 +5,11 @@
 
 #include <type_traits>
 
-#include "../dispatch.h"
 #include "row_sums.h"
 #include "silu_rows.h"
 
 namespace ddpm_fast {
 namespace {
-
-struct BFloat16 {
-  uint16_t bits;
-};
-DDPM_FAST_HD float widened(float value) { return value; }
-DDPM_FAST_HD float widened(BFloat16 value) { return float_from_bf16(value.bits); }
-DDPM_FAST_HD void narrow(float value, float& to) { to = value; }
-DDPM_FAST_HD void narrow(float value, BFloat16& to) { to.bits = bf16_from_float(value); }
-
-template <typename T>
-struct View {
-  const T* v;
-  int64_t stride;
-  explicit View(const ImageRows& rows) : v(static_cast<const T*>(rows.v)), stride(rows.stride) {}
-  DDPM_FAST_HD float at(int64_t r, int64_t i) const { return widened(v[r * stride + i]); }
-};
 
 // h, and what goes with the element in row r, column i.
 template <typename T, bool kAcross>

@@ -2,21 +2,13 @@
 // the channels of one place (channels_last). Coefficients begin at the piece's first channel and first place.
 #pragma once
 
-#include "tile.h"
+#include "image_rows.h"
 
 namespace ddpm_fast {
 
 // What images hold: bfloat16 (half) or float32. Across, h lies where it was given, otherwise it is packed as float32.
 struct RmsKind {
   bool across, silu, half;
-};
-struct ImageRows {
-  const void* v;
-  int64_t stride;
-};
-struct OutputRows {
-  void* v;
-  int64_t stride;
 };
 
 struct RmsCoefficients {

@@ -110,9 +110,7 @@ class Images {
   const RmsKind kind;
 
   ImageRows read(const Array& array, const Rows& rows, float* scratch) const {
-    if (kind.half) return {static_cast<const uint16_t*>(array.data) + rows.at, rows.stride};
-    const FloatRows floats = load_rows(array, rows, scratch);
-    return {floats.v, floats.stride};
+    return read_rows(array, rows, kind.half, scratch);
   }
   // h of places side by side is packed: it is read again and again, and rows a power of two apart would share a few
   // lines of the first cache.
@@ -128,13 +126,9 @@ class Images {
     const int64_t bytes = kind.across && kind.half ? 2 : 4;
     return {static_cast<const char*>(h.v) + (r * h.stride + i) * bytes, h.stride};
   }
-  // Calls body(output) and sees to it that what it wrote there is in the array.
   template <typename Body>
   void write(const Array& array, const Rows& rows, float* scratch, const Body& body) const {
-    if (kind.half) return body(OutputRows{static_cast<uint16_t*>(array.data) + rows.at, rows.stride});
-    const StoreRows floats = begin_store_rows(array, rows, scratch);
-    body(OutputRows{floats.v, floats.stride});
-    store_rows(array, rows, floats);
+    write_rows(array, rows, kind.half, scratch, body);
   }
 };
 

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from ddpm_fast import noise as spec
 from ddpm_fast.backends.layout import Layout, Staged
+from ddpm_fast.backends.native_batch_norm import batch_norm_silu as batch_norm_silu
+from ddpm_fast.backends.native_batch_norm import batch_norm_silu_backward as batch_norm_silu_backward
 from ddpm_fast.backends.native_norm import group_norm_silu as group_norm_silu
 from ddpm_fast.backends.native_norm import group_norm_silu_backward as group_norm_silu_backward
 from ddpm_fast.backends.native_rms_norm import rms_norm_silu as rms_norm_silu

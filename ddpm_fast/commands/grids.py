@@ -10,7 +10,7 @@ from typing import Any
 
 COLUMNS = 8  # of a grid without classes
 MOST_CLASSES = 16  # that get a column
-_LONG_SIDE = 1200  # pixels that an enlarged grid stays under
+_SIDE = 64  # pixels to which smaller images are enlarged
 
 
 class Grids:
@@ -55,9 +55,9 @@ class Grids:
             progress=False,
         )
         images = images.nan_to_num(0.0)
-        scale = max(1, _LONG_SIDE // (max(columns, self.rows) * max(images.shape[-2:])))
+        scale = max(1, _SIDE // max(images.shape[-2:]))
         names = None if classes is None else [str(i) for i in range(columns)]
-        picture = viz.grid(images, columns, scale=min(scale, 4), column_labels=names)
+        picture = viz.grid(images, columns, scale=scale, column_labels=names)
         path = self.path(trainer.images_seen)
         self.folder.mkdir(parents=True, exist_ok=True)
         beside = path.with_name(path.name + ".part")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -140,11 +141,13 @@ def draw_loss(path: Path, rows: list[Row], title: str) -> None:
 
 
 def running_mean(values: list[float], window: int) -> list[float]:
-    """The mean of up to `window` values that end at each."""
-    result, total = [], 0.0
-    for i, value in enumerate(values):
-        total += value - (values[i - window] if i >= window else 0.0)
-        result.append(total / min(i + 1, window))
+    """The mean of the `window` values around each; fewer at the beginning, where a loss falls fast, and at the end."""
+    sums = [0.0, *itertools.accumulate(values)]
+    result = []
+    for i in range(len(values)):
+        reach = min(i, window // 2)
+        first, last = i - reach, min(len(values), i + reach + 1)
+        result.append((sums[last] - sums[first]) / (last - first))
     return result
 
 

@@ -11,7 +11,7 @@ from typing import Any, TextIO
 
 _REDRAW = 0.2  # seconds between two states of the line in a terminal
 _PRINT = 30.0  # seconds between two lines elsewhere
-_HORIZON = 100  # steps over which the shown loss is averaged
+_HORIZON = 50  # steps over which the shown loss is averaged
 _WINDOW = 50  # steps over which the speed is
 _CLEAR = "\r\x1b[K"
 
@@ -21,8 +21,7 @@ class Progress:
 
     Args:
         images: the number that training ends at.
-        deadline: the clock's time at which it will be stopped, or None.
-        stream: where to write; None is stderr, and no line at all if `quiet`.
+        stream: where to write; None is stdout. quiet: nothing but what `say` is told.
         clock: seconds that only grow.
     """
 
@@ -30,13 +29,14 @@ class Progress:
         self,
         images: int,
         *,
-        deadline: float | None = None,
         quiet: bool = False,
         stream: TextIO | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        self.images, self.deadline, self.quiet = images, deadline, quiet
-        self._stream = sys.stderr if stream is None else stream
+        self.images, self.quiet = images, quiet
+        self.deadline: float | None = None
+        """The clock's time at which training will be stopped."""
+        self._stream = sys.stdout if stream is None else stream
         self._clock = clock
         self._live = self._stream.isatty()
         self._shown, self._last = False, clock()

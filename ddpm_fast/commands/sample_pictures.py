@@ -49,7 +49,7 @@ class Layout:
         several = labels is not None and 1 < len(labels) <= _MOST_COLUMNS
         if labels is not None and several:
             columns = min(len(labels), len(indices))
-            rows = min(max(1, most // columns), -(-len(indices) // columns))
+            rows = min(max(1, round(most / columns)), -(-len(indices) // columns))
         else:
             columns = min(len(indices), int(np.ceil(np.sqrt(min(most, len(indices))))))
             rows = min(-(-most // columns), -(-len(indices) // columns))

@@ -45,8 +45,10 @@ def replacing(path: Path, sync: bool = False) -> Iterator[Any]:
                 file.flush()
                 os.fsync(file.fileno())
         os.replace(beside, path)
-    except BaseException:
+    except BaseException as error:
         beside.unlink(missing_ok=True)
+        if isinstance(error, OSError):  # a failed write does not say of what, a failed rename says both names
+            error.filename, error.filename2 = str(path), None
         raise
 
 
@@ -224,10 +226,12 @@ def claim(out: Path, identity: dict[str, Any]) -> None:
                 raise CommandError(f"{out / kind} holds files, but no {path} says of what; choose another --out")
         _write_once(path, text)
     try:
-        there = dict(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError):
-        raise CommandError(f"{path} is no manifest of samples; choose another --out") from None
+        there = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        there = None
     now = json.loads(text)
+    if not isinstance(there, dict) or there.get("format") != now["format"]:
+        raise CommandError(f"{path} is no manifest of samples; choose another --out")
     differing = [key for key in {**now, **there} if there.get(key) != now.get(key)]
     if differing:
         said = "; ".join(f"{key} {_shown(there.get(key))} there, {_shown(now.get(key))} now" for key in differing)

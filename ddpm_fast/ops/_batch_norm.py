@@ -67,6 +67,8 @@ def batch_norm_silu(
     for name, value in running:
         if value is not None and value.requires_grad:
             raise ValueError(f"{name} is no variable of the gradient; pass {name}.detach()")
+    if not isinstance(momentum, (int, float)):  # None, torch.nn.BatchNorm2d's cumulative average, would need a count
+        raise TypeError(f"momentum must be a number in 0..1, got {momentum!r}")
     if not 0 <= momentum <= 1:
         raise ValueError(f"momentum must be a number in 0..1, got {momentum}")
     if not 0 <= eps < float("inf"):

@@ -1,9 +1,20 @@
 """Training: the Trainer, its data, steps, the average of the weights, checkpoint files."""
 
-from .data import Data, TensorData, as_data
+from .data import Data, TensorData, as_data, open_data
 from .ema import EMA
 from .images import ImageFolder, loader
 from .loop import Loop
 from .trainer import StepReport, Trainer
 
-__all__ = ["EMA", "Data", "ImageFolder", "Loop", "StepReport", "TensorData", "Trainer", "as_data", "loader"]
+__all__ = [
+    "EMA",
+    "Data",
+    "ImageFolder",
+    "Loop",
+    "StepReport",
+    "TensorData",
+    "Trainer",
+    "as_data",
+    "loader",
+    "open_data",
+]

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+Slot = tuple[dict[str, Any], dict[str, Any], str]  # where a tensor of the average lies, where that of the model
+
 
 class EMA(nn.Module):
     """A copy of `model`, `ema_model`, whose floating parameters and buffers follow the model's own.
@@ -63,6 +65,7 @@ class EMA(nn.Module):
         self.register_buffer("initted", torch.tensor(False))
         self.register_buffer("step", torch.tensor(0))
         self._initted, self._step = False, 0
+        self._slots = self._find_slots()
 
     def decay(self, step: int) -> float:
         """How much of the average the call number `step` keeps."""
@@ -80,25 +83,41 @@ class EMA(nn.Module):
         self.initted.fill_(True)
         if not first and step % self.update_every:
             return
-        average, current = self._averaged(self.ema_model), self._averaged(self.online_model)
+        average, current = self._tensors(0)
         if first or step <= self.update_after_step:
             torch._foreach_copy_(average, current)
         elif self.beta < 1:  # ema-pytorch leaves a beta of 1 out of the ramp as well
             torch._foreach_lerp_(average, current, 1 - self.decay(step))
-        if self.buffers_are_copied:
-            ours = list(self.ema_model.buffers())
-            if ours:
-                torch._foreach_copy_(ours, list(self.online_model.buffers()))
+        if self._slots[1]:
+            torch._foreach_copy_(*self._tensors(1))
+
+    def _tensors(self, which: int) -> tuple[list[Tensor], list[Tensor]]:
+        """Those that are averaged (0) or copied (1), of both models."""
+        pairs = self._slots[which]
+        return [ours[name] for ours, _, name in pairs], [theirs[name] for _, theirs, name in pairs]
+
+    def _find_slots(self) -> tuple[list[Slot], list[Slot]]:
+        """Found once: walking through a network's modules takes longer than averaging a small one."""
+        averaged: list[Slot] = []
+        copied: list[Slot] = []
+        seen = set()
+        for ours, theirs in zip(self.ema_model.modules(), self.online_model.modules(), strict=True):
+            for owned, own in ((ours._parameters, theirs._parameters), (ours._buffers, theirs._buffers)):
+                for name, tensor in own.items():
+                    if tensor is None or id(tensor) in seen:
+                        continue
+                    seen.add(id(tensor))
+                    if self.buffers_are_copied and own is theirs._buffers:
+                        copied.append((owned, own, name))
+                    elif tensor.is_floating_point():
+                        averaged.append((owned, own, name))
+        return averaged, copied
 
     def go_on_from(self, step: int) -> None:
         """As after `step` calls of `update`; the averaged weights were loaded into `ema_model`."""
         self._step, self._initted = step, step > 0
         self.step.fill_(self._step)
         self.initted.fill_(self._initted)
-
-    def _averaged(self, model: nn.Module) -> list[Tensor]:
-        tensors = (*model.parameters(), *(() if self.buffers_are_copied else model.buffers()))
-        return [tensor for tensor in tensors if tensor.is_floating_point()]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.ema_model(*args, **kwargs)

@@ -110,7 +110,8 @@ class RunFolder:
         return images_seen // self.every > self._at // self.every
 
     def is_saved(self, images_seen: int) -> bool:
-        return self.last is not None and self._at == images_seen
+        """Whether the checkpoint after so many images was the last to be written or taken up."""
+        return self.last == self.path(images_seen)
 
     def took(self, path: Path, images_seen: int) -> None:
         """A checkpoint was written or taken up: what `is_due` counts from."""

@@ -16,6 +16,7 @@ from .. import ops
 from ..noise import STREAM_MODEL_DROPOUT, STREAM_PERMUTATION, STREAM_SELF_COND, STREAM_TRAIN_T
 
 _SORTED_TOGETHER = 4096  # images; the epochs of small data are sorted several at a time
+_LOW = 0xFFFFFFFF
 _KEPT = 2  # blocks of epochs: a batch crosses from one to the next, and loading runs ahead of training
 
 
@@ -81,5 +82,12 @@ def dropout_seed(seed: int, first: int) -> int:
     return _word(seed, first, STREAM_MODEL_DROPOUT)
 
 
-def _word(seed: int, first: int, stream: int) -> int:
-    return int(ops.random_bits(1, (1,), seed=seed, first_sample=first, stream=stream)[0, 0])
+def _word(seed: int, sample: int, stream: int) -> int:
+    """The first word of `random_bits(seed, sample, 1, stream, 1)` in Python's integers: one is not worth an op."""
+    c0, c1, c2, c3 = 0, sample & _LOW, (sample >> 32) & _LOW, stream
+    k0, k1 = seed & _LOW, (seed >> 32) & _LOW
+    for _ in range(10):
+        p0, p1 = 0xD2511F53 * c0, 0xCD9E8D57 * c2
+        c0, c1, c2, c3 = (p1 >> 32) ^ c1 ^ k0, p1 & _LOW, (p0 >> 32) ^ c3 ^ k1, p0 & _LOW
+        k0, k1 = (k0 + 0x9E3779B9) & _LOW, (k1 + 0xBB67AE85) & _LOW
+    return c0

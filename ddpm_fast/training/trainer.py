@@ -220,7 +220,10 @@ class Trainer(Steps):
         Raises FileNotFoundError; ValueError for a broken file, and for one of another model, data or settings that
         decide the result. Then nothing has changed.
         """
-        take(self, checkpoints.read(checkpoints.find(path)), self._config)
+        found = checkpoints.read(checkpoints.find(path))
+        take(self, found, self._config)
+        if self._run is not None:
+            self._run.took(found.path, found.images_seen)
 
     def _save_if_due(self) -> None:
         """Process 0 looks at its clock; the others meet it again in the next step."""

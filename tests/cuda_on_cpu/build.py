@@ -32,8 +32,9 @@ def compiler() -> str:
 
 
 def sources() -> list[Path]:
-    """bindings.cpp, the C++ half and the CUDA half."""
-    return [CSRC / "bindings.cpp", *sorted(CSRC.glob("cpu/*.cpp")), *sorted(CSRC.glob("cuda/*.cu"))]
+    """The bindings, the C++ half and the CUDA half."""
+    bindings = [CSRC / "bindings.cpp", CSRC / "bindings_norms.cpp"]
+    return [*bindings, *sorted(CSRC.glob("cpu/*.cpp")), *sorted(CSRC.glob("cuda/*.cu"))]
 
 
 def flags(sanitize: bool) -> list[str]:
@@ -84,7 +85,7 @@ def build(out: Path, *, sanitize: bool = True) -> Path:
     def compile_one(source: Path) -> str:
         target = folder / f"{source.stem}.{os.getpid()}.o"
         # The bindings take half of the time, and pass addresses on without reading anything there.
-        plain = [a for a in arguments if a not in SANITIZERS] if source.name == "bindings.cpp" else arguments
+        plain = [a for a in arguments if a not in SANITIZERS] if source.name.startswith("bindings") else arguments
         run([compiler(), *plain, "-x", "c++", "-c", str(source), "-o", str(target)])
         return str(target)
 

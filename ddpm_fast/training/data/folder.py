@@ -126,7 +126,7 @@ class _Headers:
     """What the first bytes of some files say."""
 
     def __init__(self, folder: Path, paths: Sequence[Path]) -> None:
-        self._sizes: dict[Path, Size] = {}
+        self._folder, self._sizes = folder, dict[Path, Size]()
         self.grey = True
         for path in paths:
             try:
@@ -144,8 +144,8 @@ class _Headers:
             if other != size:
                 (a, b), (c, d) = size, other
                 raise ValueError(
-                    f"images have several sizes, as {first.name} {a}x{b} and {path.name} {c}x{d} (height x width): "
-                    "give image_size"
+                    f"images have several sizes, as {first.relative_to(self._folder)} {a}x{b} and "
+                    f"{path.relative_to(self._folder)} {c}x{d} (height x width): give image_size"
                 )
         return size
 
