@@ -11,7 +11,6 @@ import faulthandler
 import hashlib
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -40,32 +39,10 @@ def environment(**more: str) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", **more}
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def run_pair(folder: Path, *jobs: str, timeout: float = 120) -> list[str]:
-    """Runs the jobs in two processes without a launcher; what each printed. Fails if one fails."""
-    port, command = str(free_port()), [sys.executable, __file__, str(folder), *jobs]
-    pair = [
-        subprocess.Popen(
-            command,
-            env=environment(RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in (0, 1)
-    ]
-    try:
-        printed = [process.communicate(timeout=timeout)[0] for process in pair]
-    finally:
-        for process in pair:
-            process.kill()
-    assert [process.returncode for process in pair] == [0, 0], "\n".join(printed)
-    return printed
+def launch(launcher: list[str], folder: Path, *jobs: str) -> subprocess.CompletedProcess[str]:
+    """Runs the jobs in the processes that `python -m LAUNCHER...` starts."""
+    command = [sys.executable, "-m", *launcher, __file__, str(folder), *jobs]
+    return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=200)
 
 
 def results(folder: Path, job: str) -> tuple[Any, Any]:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import itertools
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +23,8 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that one process has begun, and what two processes under torchrun make of it and of the other jobs."""
     folder: Path = tmp_path_factory.mktemp("pair")
     processes_child.trainer_for("GroupNorm", 0, out=folder / "run").train(until=BATCH)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [*torchrun, processes_child.__file__, str(folder), "talk", "trained", "resumed", "stops", "lost"],
-        env=processes_child.environment(),
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
+    torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = processes_child.launch(torchrun, folder, "talk", "trained", "resumed", "stops", "lost")
     printed = done.stdout + done.stderr
     assert done.returncode == 1, printed  # of the last job
     assert (folder / "lost.0.pt").exists(), printed
