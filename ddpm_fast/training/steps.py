@@ -109,7 +109,8 @@ class Steps:
         lr = self._set_learning_rate()
         self._zero_grad()  # a callback may have left some
         try:
-            loss, norm = self._update.apply(self._forward_backward(), self.world.mean)
+            with self.world.contact():
+                loss, norm = self._update.apply(self._forward_backward(), self._agree)
         except BaseException as error:
             self._batches = None  # they are ahead of a step that was not taken
             if isinstance(error, FloatingPointError):
@@ -125,6 +126,11 @@ class Steps:
         self.optimizer.zero_grad()
         for parameter in self._left_out:
             parameter.grad = None
+
+    def _agree(self, both: Tensor) -> list[float]:
+        """[loss, norm of the gradient] of all processes; the norm is the same in all, being of averaged gradients."""
+        values: list[float] = self.world.mean(both).tolist()
+        return values
 
     def _forward_backward(self) -> Tensor:
         """Gradients into the parameters; the mean loss."""
