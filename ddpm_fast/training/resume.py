@@ -21,7 +21,11 @@ if TYPE_CHECKING:
     from .steps import Steps
 
 SECONDS = 600.0  # between checkpoints, where no number of images is given
-SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP")  # that end a run in good order; the first one that was sent to a process counts
+SIGNALS = (
+    "SIGINT",
+    "SIGTERM",
+    "SIGHUP",
+)  # that end a run in good order; the first one that was sent to a process counts
 _MISSING = object()
 
 
