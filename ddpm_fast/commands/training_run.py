@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import torch
@@ -172,10 +173,11 @@ class TrainingRun:
         self._say(f"  losses        {self.out / LOG}" + (f", {self.out / PLOT}" if self.config.output.plot else ""))
         if (self.out / SAMPLES).is_dir():
             self._say(f"  samples       {self.out / SAMPLES}")
-        self._say(f"  draw more     ddpm-fast sample {self.out} --num 64 --out {self.out / 'drawn'}")
+        drawn = self.out / "drawn"
+        self._say(f"  draw more     ddpm-fast sample {quote(str(self.out))} --num 64 --out {quote(str(drawn))}")
 
     def _where_it_is(self) -> str:
-        return f"saved after {self.trainer.images_seen:,} images; ddpm-fast train --out {self.out} goes on"
+        return f"saved after {self.trainer.images_seen:,} images; ddpm-fast train --out {quote(str(self.out))} goes on"
 
     def _last_checkpoint(self) -> str:
         with_it = newest_first(self.out / FOLDER) if (self.out / FOLDER).is_dir() else []
