@@ -1,4 +1,4 @@
-"""What several processes do in the tests: `python processes_child.py FOLDER JOB...`, started once in each of them.
+"""What two processes do in the tests: `torchrun processes_child.py FOLDER JOB...`.
 
 A job is a function of this file, (world) -> results, and its results lie in FOLDER/JOB.RANK.pt afterwards. The test
 calls the same function with a world of one process, and compares.
@@ -16,7 +16,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,9 @@ from ddpm_fast.nn import DDPMUNet, UNet
 from ddpm_fast.training.data import TensorData
 from ddpm_fast.training.processes import World, share
 from ddpm_fast.training.trainer import Trainer
+
+if TYPE_CHECKING:
+    import pytest
 
 # -- in the test ------------------------------------------------------------------------------------------------------
 
@@ -39,10 +42,30 @@ def environment(**more: str) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", **more}
 
 
-def launch(launcher: list[str], folder: Path, *jobs: str) -> subprocess.CompletedProcess[str]:
-    """Runs the jobs in the processes that `python -m LAUNCHER...` starts."""
-    command = [sys.executable, "-m", *launcher, __file__, str(folder), *jobs]
-    return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=200)
+def together(factory: pytest.TempPathFactory) -> Path:
+    """The folder with what two processes under torchrun make of all jobs, and of a run that one process has begun.
+
+    They are started once, whichever test, file or worker of pytest-xdist asks first.
+    """
+    base = factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "processes"
+    try:
+        folder.mkdir()
+    except FileExistsError:
+        until = time.monotonic() + 300
+        while not (folder / "printed").exists() and time.monotonic() < until:
+            time.sleep(0.05)
+    else:
+        trainer_for("GroupNorm", 0, out=folder / "run").train(until=BATCH)
+        torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", __file__, str(folder), *JOBS]
+        done = subprocess.run(
+            [sys.executable, "-m", *torchrun], env=environment(), capture_output=True, text=True, timeout=250
+        )
+        (folder / "writing").write_text(done.stdout + done.stderr)
+        (folder / "writing").rename(folder / "printed")
+    printed = (folder / "printed").read_text()
+    assert (folder / f"{JOBS[-1]}.0.pt").exists(), printed
+    return folder
 
 
 def results(folder: Path, job: str) -> tuple[Any, Any]:
@@ -368,6 +391,9 @@ def batchnorm_calls(world: World) -> dict[str, Any]:
         "alone": alone is None or bool(alone.isfinite().all()),
         "reverted": kinds == {nn.BatchNorm1d},
     }
+
+
+JOBS = ("talk", "trained", "resumed", "stops", "batchnorm", "batchnorm_calls", "lost")
 
 
 def main() -> None:
