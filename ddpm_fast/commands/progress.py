@@ -43,6 +43,7 @@ class Progress:
         self._loss = self._weight = 0.0
         self._recent: collections.deque[tuple[int, float]] = collections.deque(maxlen=_WINDOW)
         self._seen: int | None = None
+        self._drawn: int | None = None  # what was seen when the line was written last
 
     def on_start(self, trainer: Any) -> None:
         self._seen = trainer.images_seen
@@ -61,7 +62,8 @@ class Progress:
     def on_end(self, trainer: Any) -> None:
         """Leaves the last state of the line standing."""
         if self._weight and not self.quiet:
-            self._draw(self.line(self._clock()))
+            if self._seen != self._drawn:
+                self._draw(self.line(self._clock()))
             if self._live:
                 self._stream.write("\n")
                 self._stream.flush()
@@ -71,7 +73,7 @@ class Progress:
         """A line of its own, above the live one."""
         if self._shown:
             self._stream.write(_CLEAR)
-            self._shown = False
+            self._shown, self._drawn = False, None
         print(text, file=self._stream, flush=True)
 
     @property
@@ -94,6 +96,7 @@ class Progress:
         return " | ".join(parts)
 
     def _draw(self, line: str) -> None:
+        self._drawn = self._seen
         if self._live:
             width = shutil.get_terminal_size().columns - 1
             self._stream.write(_CLEAR + line[:width])

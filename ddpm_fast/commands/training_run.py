@@ -59,9 +59,8 @@ class TrainingRun:
         """Of the `Trainer`."""
         chosen = vars(self.config.training).copy()
         chosen |= {"device": self.world.device, "flip": self.config.data.flip, "workers": self.config.data.workers}
-        chosen |= {"out": self.out, "keep": self.config.output.keep}
-        chosen["save_every"] = self._every(self.config.output.save_every, 20)
-        return chosen
+        output = self.config.output
+        return chosen | {"out": self.out, "keep": output.keep, "save_every": output.save_every}
 
     def _every(self, images: int | str | None, parts: int) -> int | None:
         """An interval in images; auto is one of so many parts of the run."""
