@@ -121,17 +121,29 @@ def test_matches_the_tutorial_with_gradients(training):
             torch.testing.assert_close(value, statistics[key], rtol=1e-5, atol=1e-6)
 
 
-def test_the_loop_body_goes_through_add_bias_temb(monkeypatch):
+def test_blocks_go_through_the_fused_ops(monkeypatch):
+    """With the statistics of the batch, norm, SiLU and time embedding are one op; with given ones, the last two are."""
     seen = []
-    op = ddpm_fast.ops.add_bias_temb
 
-    def spy(h, bias=None, temb=None, *, act=None):
-        seen.append((bias, act, tuple(temb.shape)))
-        return op(h, bias, temb, act=act)
+    def spy(name):
+        op = getattr(ddpm_fast.ops, name)
 
-    monkeypatch.setattr(ddpm_fast.ops, "add_bias_temb", spy)
-    make()(*inputs())
-    assert seen == [(None, "silu", (3, c)) for c in (4, 8, 16, 8, 4)]
+        def call(h, *arguments, temb=None, **named):
+            temb = arguments[1] if name == "add_bias_temb" else temb
+            seen.append((name, None if temb is None else tuple(temb.shape)))
+            return op(h, *arguments, **named) if name == "add_bias_temb" else op(h, *arguments, temb=temb, **named)
+
+        return call
+
+    for name in ("add_bias_temb", "batch_norm_silu"):
+        monkeypatch.setattr(ddpm_fast.ops, name, spy(name))
+    unet = make().train()
+    unet(*inputs())
+    widths = (4, 8, 16, 8, 4)
+    assert seen == [("batch_norm_silu", temb) for c in widths for temb in ((3, c), None)]
+    seen.clear()
+    unet.eval()(*inputs())
+    assert seen == [("add_bias_temb", (3, c)) for c in widths]
 
 
 def test_time_embedding_is_the_sinusoids_in_fp32():

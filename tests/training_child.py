@@ -29,6 +29,7 @@ KILLS = 20
 BATCH = 8
 STEPS = 80
 SAVED = 3  # steps from save to save
+SHORT = 6 * BATCH  # images of runs that tests make in their own process
 PLACES = ("in the file", "before it is synced", "before it is renamed", "after it is renamed", "before the oldest goes")
 
 
@@ -74,6 +75,17 @@ def trainer(out: Path | None, *, images: int = STEPS * BATCH, **changed: object)
         **changed,
     }
     return Trainer(Network(), Schedule.linear(20), (pictures, labels), out=out, images=images, **options)
+
+
+def files(out: Path) -> list[str]:
+    """What is in the run's folder of checkpoints."""
+    return sorted(path.name for path in (out / "checkpoints").iterdir())
+
+
+def bits_of(run: Trainer) -> tuple[dict[str, list[int]], dict[str, object]]:
+    """Everything that training has changed, as bytes."""
+    tensors, state = run.state()
+    return {name: value.contiguous().reshape(-1).view(torch.uint8).tolist() for name, value in tensors.items()}, state
 
 
 class Life:

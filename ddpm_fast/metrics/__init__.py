@@ -2,23 +2,28 @@
 
 Of samples themselves: `energy_distance`, `energy_ratio`, `nearest_distance`. Of features of them: `frechet_distance`
 with `FeatureStatistics`, `kid`, `precision_recall`. Of a model: `bits_per_dim`.
+`inception` and `classifier` make features; `ddpm_fast.metrics.hooks.Evaluate` measures while a `Trainer` runs.
 """
 
 from .bits import Bits, bits_per_dim
 from .energy import energy_distance, energy_ratio, nearest_distance
+from .features import Extractor, classifier, inception
 from .frechet import FeatureStatistics, frechet_distance
 from .kid import Kid, kernel_distance, kid
 from .precision_recall import PrecisionRecall, precision_recall
 
 __all__ = [
     "Bits",
+    "Extractor",
     "FeatureStatistics",
     "Kid",
     "PrecisionRecall",
     "bits_per_dim",
+    "classifier",
     "energy_distance",
     "energy_ratio",
     "frechet_distance",
+    "inception",
     "kernel_distance",
     "kid",
     "nearest_distance",

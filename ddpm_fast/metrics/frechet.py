@@ -19,8 +19,11 @@ S = TypeVar("S", bound="FeatureStatistics")
 class Ranks(Protocol):
     """What is asked of the processes that share the work: `ddpm_fast.training.processes.World`."""
 
-    rank: int
-    size: int
+    @property
+    def rank(self) -> int: ...
+
+    @property
+    def size(self) -> int: ...
 
     def sum(self, tensor: Tensor) -> Tensor:
         """The sum over all processes, in place."""

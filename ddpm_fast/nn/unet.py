@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
+from .convolution import conv3x3
 
 Device = torch.device | str | int | None
 
@@ -53,9 +54,22 @@ class ConvBlock(nn.Module):
         self.time_mlp = nn.Linear(time_dim, out_channels, device=device)
 
     def forward(self, x: Tensor, t_emb: Tensor) -> Tensor:
-        h = self.norm1(self.conv1(x))
-        h = ops.add_bias_temb(h, None, self.time_mlp(t_emb), act="silu")
-        return F.silu(self.norm2(self.conv2(h)))
+        temb = self.time_mlp(t_emb)
+        h = _norm_silu(conv3x3(x, self.conv1), self.norm1, temb)
+        return _norm_silu(conv3x3(h, self.conv2), self.norm2)
+
+
+def _norm_silu(h: Tensor, norm: nn.BatchNorm2d, temb: Tensor | None = None) -> Tensor:
+    """SiLU(norm(h)) + temb; one op where the norm takes the statistics of the batch, and is as it was made."""
+    batch = norm.training or norm.running_mean is None
+    hooks = (norm._forward_hooks, norm._forward_pre_hooks, norm._backward_hooks, norm._backward_pre_hooks)
+    if h.device.type != "cpu" or not batch or type(norm) is not nn.BatchNorm2d or norm.momentum is None or any(hooks):
+        h = norm(h)
+        return F.silu(h) if temb is None else ops.add_bias_temb(h, None, temb, act="silu")
+    if norm.track_running_stats and norm.num_batches_tracked is not None:
+        norm.num_batches_tracked.add_(1)
+    running = (norm.running_mean, norm.running_var) if norm.track_running_stats else (None, None)
+    return ops.batch_norm_silu(h, norm.weight, norm.bias, *running, temb=temb, momentum=norm.momentum, eps=norm.eps)
 
 
 class UNet(nn.Module):

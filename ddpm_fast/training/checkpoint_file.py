@@ -130,7 +130,7 @@ def newest_first(folder: str | os.PathLike[str], *, quiet: bool = False) -> list
             if not quiet:
                 warnings.warn(f"{error}; it is passed over", stacklevel=3)
         except FileNotFoundError:
-            pass  # another process has taken it away meanwhile
+            pass  # a run that goes on has taken it away meanwhile
     return sorted(found, key=lambda checkpoint: checkpoint.images_seen, reverse=True)
 
 
@@ -143,6 +143,8 @@ def whole(folder: str | os.PathLike[str], wanted: Callable[[str], bool] = lambda
             yield read(checkpoint.path, wanted=wanted)
         except BrokenFile as error:
             warnings.warn(f"{error}; it is passed over", stacklevel=3)
+        except FileNotFoundError:
+            pass
 
 
 def latest(folder: str | os.PathLike[str]) -> Path | None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import pickle
 import signal
+import weakref
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -18,6 +20,7 @@ from .pictures import some_workers
 from .slow import SlowData
 
 _AHEAD = 2  # batches that each process has read or is reading
+_open: weakref.WeakSet[Generator[Tensor, None, None]] = weakref.WeakSet()
 
 
 def prefetch(data: Data, indices: Iterable[Tensor], workers: int | None = None) -> Iterator[Tensor]:
@@ -34,10 +37,21 @@ def prefetch(data: Data, indices: Iterable[Tensor], workers: int | None = None) 
     if workers is not None and (isinstance(workers, bool) or not isinstance(workers, int) or workers < 0):
         raise ValueError(f"workers must be a number of processes, 0 or more, or None, got {workers!r}")
     source = iter(indices)
-    return _reported(data, _ahead(data, source, workers)) if isinstance(data, SlowData) else map(data.batch, source)
+    if not isinstance(data, SlowData):
+        return map(data.batch, source)
+    batches = _reported(data, _ahead(data, source, workers))
+    _open.add(batches)
+    return batches
 
 
-def _reported(data: SlowData, batches: Iterator[Tensor]) -> Iterator[Tensor]:
+@atexit.register
+def _close_all() -> None:
+    """Before multiprocessing, at the end of the interpreter, sends its SIGTERM and waits: our workers leave signals."""
+    for batches in list(_open):
+        batches.close()
+
+
+def _reported(data: SlowData, batches: Iterator[Tensor]) -> Generator[Tensor, None, None]:
     """With a warning after each epoch, and at the end, if there were new broken files."""
     seen = 0
     try:
