@@ -9,10 +9,9 @@ from torch import Tensor
 
 from ddpm_fast.backends.layout import Layout, Staged
 
-
 PLACES_OF_PART, ELEMENTS_OF_PART, CHANNELS_OF_BLOCK, MAX_PARTS = 4096, 8192, 256, 8192
-"""CUDA: sums are taken in parts of a sample: of so many places, or in channels_last of about so many elements of so many
-channels; of more where the batch would have too many parts. It depends on the shape alone, and so do the sums."""
+"""CUDA: sums are taken in parts of a sample: of so many places, or in channels_last of about so many elements of so
+many channels; of more where the batch would have too many parts. It depends on the shape alone, and so do the sums."""
 
 
 def _parts(layout: Layout) -> int:

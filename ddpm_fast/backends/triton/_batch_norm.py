@@ -1,4 +1,4 @@
-"""What the kernels of batch_norm_silu share: coefficients, how programs divide the batch, and how their sums are merged.
+"""What the kernels of batch_norm_silu share: coefficients, how programs divide the batch, how their sums are merged.
 
 A program has some channels of one part of a sample, in tiles of C channels x P places as in ``_rms_norm``. One launch
 sums over the places of the parts, torch adds the few sums up in float64, one launch has all that an element needs.
@@ -59,10 +59,8 @@ def affine(mean_ptr, var_ptr, weight_ptr, bias_ptr, eps_bits, c, channels):
 
 
 class Blocks:
-    """How the batch divides among programs: ``args``, ``constants`` and ``grid`` of all kernels.
-
-    eps: added to the variance. ``sums`` [3, n, parts, channels] has room for what is kept of each part.
-    """
+    """How the batch divides among programs: ``args``, ``constants`` and ``grid`` of all kernels, and the shape of what
+    is kept of the parts. eps: added to the variance."""
 
     def __init__(self, layout: Layout, eps: float) -> None:
         check_size(layout)
