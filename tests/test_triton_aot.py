@@ -78,6 +78,10 @@ def test_every_kernel_dtype_and_architecture_compiles(kernels):
     assert names == {
         "_add_bias_temb_backward_kernel",
         "_add_bias_temb_kernel",
+        "_batch_norm_silu_backward_kernel",
+        "_batch_norm_silu_backward_sums_kernel",
+        "_batch_norm_silu_kernel",
+        "_batch_norm_silu_sums_kernel",
         "_ddpm_step_kernel",
         "_group_norm_silu_backward_kernel",
         "_group_norm_silu_kernel",
