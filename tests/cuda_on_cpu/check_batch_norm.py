@@ -58,8 +58,7 @@ def test_batch_norm_silu(shape: tuple[int, int, int], last: bool, shift: int, dt
     [
         (1, 32, 256, True, 8),
         (2, 12, 1040, False, 2),  # a warp for each channel, and a last part that is shorter
-        (3, 260, 3, True, 1),  # two runs of channels, the second one of a pack
-        (1, 300, 1, False, 1),
+        (2, 260, 3, True, 1),  # two runs of channels, the second one of a pack
         (2, 6, 90, True, 7),
         (2, 5, 9, False, 9),  # a part for each place
         (2, 8, 24, False, 9),  # more parts than packs: some have no place
@@ -71,8 +70,8 @@ def test_batch_norm_silu_in_parts(n: int, channels: int, inner: int, last: bool,
 
 
 def test_more_blocks_than_a_launch_may_have() -> None:
-    """Samples, and channels where the sums are added up, then take several launches."""
-    both_batch_norms(Data((2, 1100, 65), False, 0), "float32", 1, False)
+    """The samples then take several launches."""
+    both_batch_norms(Data((258, 1, 3), False, 0), "float32", 1, False)
 
 
 @pytest.mark.parametrize("last", [False, True])

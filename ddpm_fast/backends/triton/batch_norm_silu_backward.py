@@ -88,7 +88,7 @@ def _batch_norm_silu_backward_kernel(
 ):
     """g_h = g_u scale - (base + d slope); pull_ptr [2, channels]: base and slope, or None for 0."""
     channels, inner = channel_units * CHANNEL_UNIT, inner_units * INNER_UNIT
-    sample, _, first, c = _batch_norm.place_of_program(parts, channel_blocks, channels, SPAN, BLOCK_C, LAST)
+    sample, row, first, c = _batch_norm.place_of_program(parts, channel_blocks, channels, SPAN, BLOCK_C, LAST)
     g_ptr += sample * channels * inner
     h_ptr += sample * channels * inner
     g_h_ptr += sample * channels * inner
@@ -99,7 +99,7 @@ def _batch_norm_silu_backward_kernel(
     for offset in range(0, SPAN, BLOCK_P):
         p = _rms_norm.places_of(first + offset, BLOCK_P, LAST)
         place, mask = _rms_norm.offsets_of(c, p, channels, inner, LAST), (c < channels) & (p < inner)
-        _, g_u, d = _gradients(g_ptr, h_ptr, place, mask, mean, scale, beta, SILU)
+        g, g_u, d = _gradients(g_ptr, h_ptr, place, mask, mean, scale, beta, SILU)
         g_h = g_u * scale
         if pull_ptr is not None:
             g_h = g_h - (base + d * slope)
@@ -124,7 +124,8 @@ def batch_norm_silu_backward(
     g_h = torch.empty_like(h) if need_h else g.new_empty(0)
     if h.numel() == 0:
         g_temb = h.new_zeros(h.shape[:2] if need_temb else (0,), dtype=torch.float32)
-        return g_h, g_temb, *(h.new_zeros(h.shape[1:2], dtype=torch.float32) for _ in range(2))
+        zeros = h.new_zeros(h.shape[1:2], dtype=torch.float32)
+        return g_h, g_temb, zeros, zeros.clone()
     blocks = _batch_norm.Blocks(layout, eps)
     sums = h.new_empty(blocks.sums_shape, dtype=torch.float32)
     given = (layout.dense(g), layout.dense(h), *_batch_norm.flat(weight, bias, mean, var))
