@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import shutil
 from pathlib import Path
@@ -15,21 +16,15 @@ from processes_child import BATCH, STEPS, TRAININGS, results
 from ddpm_fast.training import processes
 from ddpm_fast.training.processes import LostContact, World, share
 
-ALONE = World()
+
+@functools.cache
+def in_one_process(name: str, dtype: torch.dtype = torch.float64) -> dict[str, Any]:
+    return processes_child.training(World(), name, dtype=dtype)
 
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that one process has begun, and what two processes under torchrun make of it and of the other jobs."""
-    folder: Path = tmp_path_factory.mktemp("pair")
-    processes_child.trainer_for("GroupNorm", 0, out=folder / "run").train(until=BATCH)
-    torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = processes_child.launch(torchrun, folder, "talk", "trained", "resumed", "stops", "lost")
-    printed = done.stdout + done.stderr
-    assert done.returncode == 1, printed  # of the last job
-    assert (folder / "lost.0.pt").exists(), printed
-    (folder / "printed").write_text(printed)
-    return folder
+    return processes_child.together(tmp_path_factory)
 
 
 # -- World ------------------------------------------------------------------------------------------------------------
@@ -157,7 +152,7 @@ def put_together(first: list[str], second: list[str]) -> list[str]:
 def test_the_same_images_noise_and_timesteps(pair: Path, name: str) -> None:
     """Bit for bit, by position: x_t, t and the label that every image had."""
     first, second = results(pair, "trained")
-    alone = processes_child.training(ALONE, name)
+    alone = in_one_process(name)
     assert first[name]["order"] == second[name]["order"] == alone["order"]
     assert len(set(alone["seen"])) == BATCH * STEPS
     assert put_together(first[name]["seen"], second[name]["seen"]) == alone["seen"]
@@ -167,7 +162,7 @@ def test_the_same_images_noise_and_timesteps(pair: Path, name: str) -> None:
 def test_losses_and_weights_of_one_process(pair: Path, name: str) -> None:
     """Within the order of summation: float64, 1e-10 relative. Weights, the average, the optimiser's moments."""
     first, second = results(pair, "trained")
-    alone = processes_child.training(ALONE, name)
+    alone = in_one_process(name)
     assert first[name]["losses"] == pytest.approx(alone["losses"], rel=1e-11)
     assert first[name]["losses"] == second[name]["losses"] == first[name]["told"]
     assert second[name]["told"] == []  # only process 0 calls back
@@ -180,7 +175,7 @@ def test_losses_and_weights_of_one_process(pair: Path, name: str) -> None:
 
 def test_float32_losses(pair: Path) -> None:
     first, _ = results(pair, "trained")
-    alone = processes_child.training(ALONE, "MLP", dtype=torch.float32)
+    alone = in_one_process("MLP", torch.float32)
     assert first["float32"]["losses"] == pytest.approx(alone["losses"], rel=1e-5)
 
 
@@ -188,7 +183,7 @@ def test_without_sync_batchnorm_statistics_are_each_processs_own(pair: Path) -> 
     """As documented: the losses then differ, and what is saved are the statistics of process 0."""
     name = "BatchNorm apart"
     first, second = results(pair, "trained")
-    alone = processes_child.training(ALONE, name)
+    alone = in_one_process(name)
     assert first[name]["losses"] == second[name]["losses"]
     assert abs(first[name]["losses"][0] / alone["losses"][0] - 1) > 1e-4
     buffer = "model.down1.norm1.running_mean"
@@ -204,7 +199,7 @@ def test_one_process_two_and_one_again(pair: Path, tmp_path: Path) -> None:
     last = processes_child.trainer_for("GroupNorm", 0, out=tmp_path / "run")
     assert last.images_seen == 2 * BATCH
     last.train()
-    alone = processes_child.training(ALONE, "GroupNorm")
+    alone = in_one_process("GroupNorm")
     for key, value in last.state()[0].items():
         assert close(value, alone["tensors"][key], 1e-10), key
 
@@ -247,6 +242,7 @@ def test_settings_that_differ(pair: Path) -> None:
 def test_an_error_in_one_process_ends_both(pair: Path) -> None:
     """Its own error is printed, the launcher's exit code says so, and the other one does not wait."""
     printed = (pair / "printed").read_text()
+    assert "ChildFailedError" in printed  # torchrun, which then ends with 1
     assert "OSError: no such picture" in printed
     assert "lost: " in printed
     got = torch.load(pair / "lost.0.pt")

@@ -17,8 +17,9 @@ SHAPES = [(4, 5, 6, 2, 2), (4, 3, 7, 4, 4), (5, 4, 4, 1, 1), (4, 4, 5, 1, 7), (6
 
 @pytest.fixture
 def small(monkeypatch):
-    """The products serve layers of few channels, too."""
+    """The products serve layers of few channels, too, and the first layer's way is that of no other."""
     monkeypatch.setattr(convolution, "FEWEST_WEIGHTS", 1)
+    monkeypatch.setattr(convolution, "FEWEST_TRANSPOSED", 1)
 
 
 def layer_of(inputs, outputs, **options):
@@ -35,6 +36,9 @@ def run(function, layer, x, g):
     return [y.detach(), x.grad, *(p.grad for p in layer.parameters())]
 
 
+HALF = {"rtol": 2e-2, "atol": 3e-2}
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kind", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -44,16 +48,50 @@ def test_gradients_are_those_of_the_layer(small, shape, kind, dtype):
     x, g = rand((n, inputs, *image), dtype, 1, kind), rand((n, outputs, *image), dtype, 2)
     got = run(convolution.conv3x3, layer, x, g)
     exact = run(lambda x, layer: layer(x), copy.deepcopy(layer).double(), x.double(), g.double())
-    close = {"rtol": 2e-2, "atol": 3e-2} if dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-5}
+    close = HALF if dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-5}
     for mine, true in zip(got, exact, strict=True):
         assert mine.dtype == dtype
         torch.testing.assert_close(mine.double(), true, **close)
 
 
-def test_gradients_under_autocast(small):
-    """Products in bfloat16, gradients of the float32 weights in float32, as eager's."""
+@pytest.mark.parametrize("kind", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("shape", [(4, 3, 8, 7, 5), (5, 1, 4, 6, 6)], ids=str)
+def test_the_first_layer(shape, kind):
+    """Few channels, no gradient of the image: its neighbourhoods as columns."""
+    n, inputs, outputs, *image = shape
+    layer = layer_of(inputs, outputs).bfloat16()
+    x, g = rand((n, inputs, *image), torch.bfloat16, 1, kind), rand((n, outputs, *image), torch.bfloat16, 2)
+    assert convolution._kind(x, layer, torch.bfloat16) == "columns"
+    assert convolution._kind(x, layer, torch.float32) == "onednn"
+    exact = copy.deepcopy(layer).double()
+    convolution.conv3x3(x, layer).backward(g)
+    exact(x.double()).backward(g.double())
+    for mine, true in zip(layer.parameters(), exact.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad.double(), true.grad, **HALF)
+
+
+@pytest.mark.parametrize("kind", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("shape", [(3, 6, 4, 3, 5), (1, 2, 3, 1, 1), (4, 5, 1, 2, 2)], ids=str)
+def test_transposed_gradients_are_those_of_the_layer(small, shape, kind):
+    n, inputs, outputs, height, width = shape
+    layer = nn.ConvTranspose2d(inputs, outputs, 2, stride=2)
+    x, g = rand((n, inputs, height, width), seed=1, kind=kind), rand((n, outputs, 2 * height, 2 * width), seed=2)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = run(convolution.conv_transpose2x2, layer, x, g)
+        assert "_ConvTranspose2x2" in type(convolution.conv_transpose2x2(x, layer).grad_fn).__name__
+    exact = run(lambda x, layer: layer(x), copy.deepcopy(layer).double(), x.double(), g.double())
+    assert [value.dtype for value in got] == [torch.bfloat16, *[torch.float32] * 3]
+    for mine, true in zip(got, exact, strict=True):
+        torch.testing.assert_close(mine.double(), true, **HALF)
+    plain = convolution.conv_transpose2x2(x.requires_grad_(), layer)  # float32: the layer itself
+    assert "_ConvTranspose2x2" not in type(plain.grad_fn).__name__
+
+
+@pytest.mark.parametrize("image", [(4, 4), (2, 2), (1, 2), (1, 4)], ids=str)
+def test_gradients_under_autocast(small, image):
+    """Products in bfloat16, gradients of the float32 weights in float32, no further from float64 than eager's."""
     layer = layer_of(12, 10)
-    x, g = rand((8, 12, 4, 4), seed=1), rand((8, 10, 4, 4), seed=2)
+    x, g = rand((8, 12, *image), seed=1), rand((8, 10, *image), seed=2)
     with torch.autocast("cpu", torch.bfloat16):
         mine = run(convolution.conv3x3, layer, x, g)
         theirs = run(lambda x, layer: layer(x), layer_of(12, 10), x, g)
@@ -69,7 +107,7 @@ class Shouting(nn.Conv2d):
 
 
 def test_only_plain_layers_are_replaced(small, monkeypatch):
-    monkeypatch.setattr(convolution._Small, "apply", lambda *a: pytest.fail("a layer that is not plain was replaced"))
+    monkeypatch.setattr(convolution._Conv3x3, "apply", lambda *a: pytest.fail("a layer that is not plain was replaced"))
     hooked = layer_of(3, 3)
     hooked.register_forward_hook(lambda module, args, y: y * 2)
     frozen = layer_of(3, 3).requires_grad_(False)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
-from .convolution import conv3x3
+from .convolution import conv3x3, conv_transpose2x2
 
 Device = torch.device | str | int | None
 
@@ -164,7 +164,7 @@ class UNet(nn.Module):
             x = self.pool(skips[-1])
         x = self.bottleneck(x, t_emb)
         for i in range(self.depth, 0, -1):
-            x = torch.cat([self.get_submodule(f"up{i}")(x), skips.pop()], dim=1)
+            x = torch.cat([conv_transpose2x2(x, getattr(self, f"up{i}")), skips.pop()], dim=1)
             x = self.get_submodule(f"conv_up{i}")(x, t_emb)
         y: Tensor = self.output(x)
         return y

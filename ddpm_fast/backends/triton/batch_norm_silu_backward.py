@@ -124,7 +124,8 @@ def batch_norm_silu_backward(
     g_h = torch.empty_like(h) if need_h else g.new_empty(0)
     if h.numel() == 0:
         g_temb = h.new_zeros(h.shape[:2] if need_temb else (0,), dtype=torch.float32)
-        return g_h, g_temb, *(h.new_zeros(h.shape[1:2], dtype=torch.float32) for _ in range(2))
+        zeros = h.new_zeros(h.shape[1:2], dtype=torch.float32)
+        return g_h, g_temb, zeros, zeros.clone()
     blocks = _batch_norm.Blocks(layout, eps)
     sums = h.new_empty(blocks.sums_shape, dtype=torch.float32)
     given = (layout.dense(g), layout.dense(h), *_batch_norm.flat(weight, bias, mean, var))
