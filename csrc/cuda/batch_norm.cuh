@@ -75,6 +75,12 @@ struct Share {
   }
 };
 
+// Of a pack of N: the same offset. Said once more, because nvcc here stores a pack element by element without.
+template <int N>
+__device__ int64_t whole_pack(int64_t offset) {
+  return offset & ~int64_t{N - 1};
+}
+
 // ---- coefficients ----
 
 __device__ inline float rstd_of(const BatchNormSiluArgs& args, uint32_t channel) {

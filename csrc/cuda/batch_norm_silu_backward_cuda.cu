@@ -138,12 +138,15 @@ __global__ void __launch_bounds__(kThreads, 4) batch_norm_silu_backward_across_k
   table.fill(args, share);
   const Columns at(share.channels / N);
   if (at.row >= at.rows) return;
-  const uint32_t first = at.column * N;
+  Affine affine[N];
+  Pull pull[N];
+#pragma unroll
+  for (int j = 0; j < N; ++j) {
+    affine[j] = table.at(at.column * N + j);
+    pull[j] = {bases[at.column * N + j], slopes[at.column * N + j]};
+  }
   at.for_each_place<N>(share, work, at.column, [&](int64_t offset) {
-    pull_back<T, N>(
-        args, offset, [&](int j) { return table.at(first + j); },
-        [&](int j) { return Pull{bases[first + j], slopes[first + j]}; }
-    );
+    pull_back<T, N>(args, whole_pack<N>(offset), [&](int j) { return affine[j]; }, [&](int j) { return pull[j]; });
   });
 }
 

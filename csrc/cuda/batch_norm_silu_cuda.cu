@@ -140,9 +140,15 @@ __launch_bounds__(kThreads, 4) batch_norm_silu_across_kernel(BatchNormSiluArgs a
   table.fill(args, share);
   const Columns at(share.channels / N);
   if (at.row >= at.rows) return;
-  const uint32_t first = at.column * N;
+  Affine affine[N];
+  Floats<N> temb{};
+#pragma unroll
+  for (int j = 0; j < N; ++j) {
+    affine[j] = table.at(at.column * N + j);
+    if (args.temb) temb[j] = tembs[at.column * N + j];
+  }
   at.for_each_place<N>(share, work, at.column, [&](int64_t offset) {
-    normalize<T, N>(args, offset, [&](int j) { return table.at(first + j); }, [&](int j) { return tembs[first + j]; });
+    normalize<T, N>(args, whole_pack<N>(offset), [&](int j) { return affine[j]; }, [&](int j) { return temb[j]; });
   });
 }
 
