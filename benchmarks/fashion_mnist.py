@@ -33,6 +33,7 @@ from plain_training import train_plainly
 from torch import Tensor
 
 from ddpm_fast import Sampler, Schedule, UNet, metrics
+from ddpm_fast.metrics.features import classifier
 from ddpm_fast.training.data import open_data
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -128,7 +129,7 @@ def quality(sets: dict[str, Tensor], real: Tensor, features: Callable[[Tensor], 
     """By name, the distances of uint8 images to `real`, all by one set of features."""
 
     def of(images: Tensor) -> Tensor:
-        return torch.cat([features(part).double() for part in images.split(256)])
+        return torch.cat([features(part) for part in images.split(256)])
 
     there = of(real)
     truth = metrics.FeatureStatistics()
@@ -205,7 +206,6 @@ def main() -> None:
     theirs = cached(out / "plain_samples.pt", lambda: draw_plain(plain["average"], asked.samples))
 
     drawn = torch.from_numpy(np.load(samples / "samples.npz")["arr_0"]).permute(0, 3, 1, 2).contiguous()
-    classifier = metrics.features.Classifier.fit(data, cache=out)
     sets = {
         "ddpm-fast train": drawn,
         "plain eager loop": theirs,
@@ -218,15 +218,14 @@ def main() -> None:
         "images": images,
         "training": {
             "ours": ours,
-            "loss of the last 10000 images": {"plain": float(np.mean(plain["losses"][-10000 // BATCH :]))},
+            "plain loop's loss over the last 10000 images": float(np.mean(plain["losses"][-10000 // BATCH :])),
         },
         "sampling": {
-            "ours, 2 processes": seconds,
-            "plain weights, 1 process": alone,
             "images": asked.samples,
+            "seconds of 2 processes": seconds,
             **SAMPLING,
         },
-        "quality": quality(sets, test.batch(torch.arange(len(test))), classifier),
+        "quality": quality(sets, test.batch(torch.arange(len(test))), classifier(data, cache=out)),
         "features": "of a small classifier trained on the same data: not comparable with published FID",
     }
     results = ROOT / "benchmarks" / "results"
