@@ -111,7 +111,7 @@ def newest(run: Path) -> int:
 def draw_ours(run: Path, out: Path, count: int) -> float:
     """Seconds that two processes take for the samples, each on its share, without a word between them."""
     options = [f"--{name}={value}" for name, value in SAMPLING.items()]
-    line = command("sample", str(run), "--num", str(count), "--out", str(out), "--npz", "--gif", *options, processes=2)
+    line = command("sample", str(run), "-n", str(count), "--out", str(out), "--npz", "--gif", *options, processes=2)
     began = time.perf_counter()
     subprocess.run(line, cwd=ROOT, check=True)
     return time.perf_counter() - began
