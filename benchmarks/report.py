@@ -123,6 +123,22 @@ def host_table(rows: list[dict[str, Any]]) -> str:
     return markdown(table)
 
 
+def training_table(figures: dict[str, Any]) -> str:
+    """Seconds, memory and accuracy of a training step."""
+    table = [["", "ms", "MiB at the most", "gradient off by", "against ours"]]
+    for record in figures["candidates"]:
+        name = f"`{record['id']}` {record['what']}"
+        if not record["rounds_s"]:
+            table.append([name, f"{record['status']}: {record['reason']}", "", "", ""])
+            continue
+        peak = "" if record["peak_bytes"] is None else f"{record['peak_bytes'] / 2**20:.0f}"
+        mark = " (inaccurate)" if record["status"] == "inaccurate" else ""
+        ratio = _factor(results.training_ratio(figures, record["id"])) or "1"
+        cells = [f"{results.speed(record).median * 1e3:.0f}", peak, f"{record['gradient_error']:.1e}{mark}", ratio]
+        table.append([name, *cells])
+    return markdown(table)
+
+
 def op_table(figures: dict[str, Any]) -> str:
     """The ops against eager PyTorch and torch.compile."""
     copy = figures["copy_bytes_per_second"]
@@ -215,6 +231,9 @@ def report(result: dict[str, Any], plots: dict[str, Path]) -> str:
             f"{drift['n']} images, {drift['steps']} steps, the same noise, x0 clipped, against `{drift['reference']}`"
         )
         parts += [f"\n## Drift: {head}\n", drift_table(drift)]
+    for figures in result.get("training") or []:
+        head = f"Training step: {figures['case']}, n = {figures['n']}, bfloat16 autocast"
+        parts += [f"\n## {head}\n", training_table(figures)]
     if result.get("host"):
         parts += ["\n## Host time of `scheduler.step`\n", host_table(result["host"])]
     for figures in result["ops"]:

@@ -1,7 +1,7 @@
 """A result file: its fields, reading, writing, checking, and the figures that follow from what was measured.
 
     {"schema": 1, "machine": {...}, "settings": {...}, "peaks": {...}, "ops": [...], "cases": [...], "drift": ...,
-     "host": [...]}
+     "host": [...], "training": [...]}
 
 A case has the candidates' seconds per step of every round (`rounds_s`); medians and ratios are computed from them.
 """
@@ -18,6 +18,7 @@ from timing import Timing, ratios
 
 SCHEMA = 1
 STATUSES = ("ok", "inaccurate", "wrong", "missing")
+TRAINER = "T16"
 OURS = ("F16", "S16", "F32", "S32")
 
 TUTORIAL, PAPER, LUCIDRAINS = "tutorial 3x32x32", "ddpm-cifar10-32", "lucidrains 3x32x32"
@@ -28,11 +29,13 @@ TARGETS: dict[str, dict[tuple[str, int | None], float]] = {
     PAPER: {("C16", 16): 1.5, ("D32", None): 1.0, ("D16", None): 1.0},
     LUCIDRAINS: {("C16", 16): 1.3, ("C16", None): 1.0, ("L32", None): 1.0, ("L16", None): 1.0},
 }
+TRAINING_TARGET = 1.0  # the Trainer's step against the fastest of the others, and its memory against eager's
 HOST_TARGET = 5.0  # of the host time of `scheduler.step`
 
 _TOP: dict[str, type] = {"schema": int, "machine": dict, "settings": dict, "peaks": dict, "ops": list, "cases": list}
 _CASE = {"name": str, "n": int, "shape": list, "macs": int, "parameters": int, "candidates": list, "layers": str}
 _HOST = {"scheduler": str, "what": str, "status": str, "reason": str, "rounds_s": dict}
+_TRAINING = {"id": str, "what": str, "status": str, "reason": str, "rounds_s": list}
 _CANDIDATE = {"id": str, "what": str, "flags": str, "dtype": str, "notes": str, "status": str, "rounds_s": list}
 
 
@@ -59,6 +62,10 @@ def validate(result: Any) -> dict[str, Any]:
             timed = candidate["status"] in ("ok", "inaccurate")
             if timed != bool(candidate["rounds_s"]):
                 raise ValueError(f"{where}: {candidate['status']!r} with {len(candidate['rounds_s'])} rounds")
+    for i, figures in enumerate(result.get("training") or []):
+        _require(f"training[{i}]", figures, {"case": str, "n": int, "candidates": list})
+        for j, record in enumerate(figures["candidates"]):
+            _require(f"training[{i}].candidates[{j}]", record, _TRAINING)
     for i, row in enumerate(result.get("host") or []):
         _require(f"host[{i}]", row, _HOST)
         if (row["status"] == "ok") != (set(row["rounds_s"]) == {"ours", "diffusers"}):
@@ -139,6 +146,20 @@ def host_ratio(row: dict[str, Any]) -> Timing | None:
     return ratios(rounds["diffusers"], rounds["ours"]) if rounds else None
 
 
+def training_ratio(figures: dict[str, Any], baseline: str) -> Timing | None:
+    """How many times as long as ours a training step of the baseline takes; None of ours and where one has no speed."""
+    found = timed(figures)
+    if baseline == TRAINER or baseline not in found or TRAINER not in found:
+        return None
+    return ratios(found[baseline]["rounds_s"], found[TRAINER]["rounds_s"])
+
+
+def best_in_training(figures: dict[str, Any]) -> str | None:
+    """The fastest correct way of training that is not ours."""
+    others = {i: speed(c).median for i, c in timed(figures).items() if i != TRAINER and c["status"] == "ok"}
+    return min(others, key=others.__getitem__) if others else None
+
+
 class Target(NamedTuple):
     """What was wanted and what was measured: a ratio of times, baseline / ours."""
 
@@ -164,6 +185,11 @@ def targets(result: dict[str, Any]) -> list[Target]:
             measured = speed_up(case, baseline, "F16") if n in (None, case["n"]) else None
             if measured is not None:
                 rows.append(Target(case["name"], baseline, case["n"], least, measured))
+    for figures in result.get("training") or []:
+        best = best_in_training(figures)
+        measured = None if best is None else training_ratio(figures, best)
+        if best is not None and measured is not None:
+            rows.append(Target("training " + figures["case"], best, figures["n"], TRAINING_TARGET, measured))
     for row in result.get("host") or []:
         measured = host_ratio(row)
         if measured is not None:

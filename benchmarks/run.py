@@ -1,7 +1,7 @@
-"""The whole benchmark: ops, sampling steps, drift and schedulers, ours against every baseline, each checked first.
+"""The whole benchmark: ops, sampling and training steps, drift, schedulers; ours and every baseline, each checked.
 
-    python benchmarks/run.py [--quick] [--only ops|sampler|paper|lucidrains|variants|drift|host] [--variants] [--n 1,16]
-                             [--out FILE.json]
+    python benchmarks/run.py [--quick] [--only ops|sampler|paper|lucidrains|variants|drift|training|host]
+                             [--variants] [--n 1,16] [--out FILE.json]
 
 Prints tables as it goes and writes benchmarks/results/<machine>.json, which benchmarks/report.py turns into Markdown
 and plots. NOTES.md tells how to read it. Exit code 1 when a check of ours failed, 2 when it could not start.
@@ -24,9 +24,10 @@ import machine
 import results
 import sampler
 import torch
+import training
 from machine import progress
 
-SECTIONS = ("ops", "sampler", "paper", "lucidrains", "variants", "drift", "host")
+SECTIONS = ("ops", "sampler", "paper", "lucidrains", "variants", "drift", "training", "host")
 DRIFT_CANDIDATES = ("F16", "F32", "S16", "E16", "C16", "OV16")
 
 
@@ -123,7 +124,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     facts, peaks = machine.facts(device), machine.peaks(device, budget=budget)
     _say(_header(facts, peaks))
     result: dict[str, Any] = {"schema": results.SCHEMA, "machine": facts, "peaks": peaks, "cases": []}
-    result |= {"ops": [], "drift": None, "host": []}
+    result |= {"ops": [], "drift": None, "training": [], "host": []}
 
     if "ops" in sections:
         for dtype in (torch.float32, torch.bfloat16) if gpu else (torch.float32,):
@@ -163,6 +164,12 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         case = sampler.tutorial(1 if options.quick else 2)
         result["drift"] = drift.run_drift(case, device, names, steps=100 if options.quick else None)
         _say(drift.lines(result["drift"]))
+    if "training" in sections:
+        for n in options.n or ([16] if options.quick else [128]):
+            names = tuple(name for name in training.CANDIDATES if not (options.quick and name.startswith("AC")))
+            figures = training.run_training(n, device, names=names, budget=5 * budget)
+            result["training"].append(figures)
+            _say(training.lines(figures))
     if "host" in sections:
         result["host"] = host.run_host(budget)
         _say(host.lines(result["host"]))
@@ -201,6 +208,12 @@ def failed(result: dict[str, Any]) -> list[str]:
         for record in case["candidates"]:
             if record["id"] in results.OURS and record["status"] not in ("ok", "missing"):
                 wrong.append(f"{record['id']} at {case['name']}, n = {case['n']}: {record['status']}")
+    for figures in result.get("training") or []:
+        wrong += [
+            f"training with {record['id']}, n = {figures['n']}: {record['status']}"
+            for record in figures["candidates"]
+            if record["id"] == results.TRAINER and record["status"] != "ok"
+        ]
     return wrong + [f"{row['scheduler']}: {row['reason']}" for row in result["host"] if row["status"] == "wrong"]
 
 

@@ -1,7 +1,9 @@
 """The command line: exit codes, one-line errors, what reaches the demo."""
 
+import importlib
 import sys
 import types
+from pathlib import Path
 
 import pytest
 
@@ -77,6 +79,33 @@ def test_the_default_line_is_the_default_settings(monkeypatch):
     assert cli.main(["demo"]) == 0
     assert seen == [demo.Settings(out=seen[0].out)]
     assert str(seen[0].out) == "demo"
+
+
+def lines(text):
+    """The command lines in a help text or on a page, without the comments behind two spaces or a #."""
+    found = [line.strip() for line in text.splitlines()]
+    found = [line[line.index("ddpm-fast) ") + 11 :] if "ddpm-fast) " in line else line for line in found]
+    found = [line.removeprefix("ddpm-fast ") for line in found if line.startswith(("ddpm-fast ", *cli.COMMANDS))]
+    return [line.split("  ")[0].split(" #")[0] for line in found if line.split()[0] in cli.COMMANDS]
+
+
+def examples():
+    found = lines(cli.EXAMPLES)
+    for name in cli.COMMANDS:
+        module = importlib.import_module(f"ddpm_fast.commands.{cli._module(name)}")
+        found += lines(getattr(module, "EXAMPLES", ""))
+    page = Path(__file__).parents[1] / "docs" / "command_line.md"
+    return sorted({*found, *(line for line in lines(page.read_text(encoding="utf-8")) if "|" not in line)})
+
+
+@pytest.mark.parametrize("line", examples())
+def test_printed_examples_are_lines_that_are_understood(line):
+    arguments = cli._parser(line.split()).parse_args(line.split())
+    assert callable(arguments.run)
+
+
+def test_every_command_has_examples():
+    assert {line.split()[0] for line in examples()} == cli.COMMANDS.keys()
 
 
 def test_info_is_python_m_ddpm_fast(monkeypatch):

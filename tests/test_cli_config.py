@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 import math
+from pathlib import Path
 
 import pytest
 
+from ddpm_fast import Trainer
 from ddpm_fast.cli import _Parser
 from ddpm_fast.commands import given, values
-from ddpm_fast.commands.config import FIELDS, Config
+from ddpm_fast.commands.config import Config
 from ddpm_fast.commands.errors import CommandError
+from ddpm_fast.commands.fields import FIELDS
 
 
 def flags(line: str) -> given.Given:
@@ -37,6 +41,17 @@ def test_defaults_survive_their_own_checks():
             assert values.checked(field.default, field.kind, field.choices) == field.default
             assert field.in_bounds(field.default)
             assert field.text
+
+
+def test_defaults_are_the_trainers():
+    """Two differ, and say so: labels are dropped where there are any, and the precision is what pays."""
+    parameters = inspect.signature(Trainer).parameters
+    ours = {**vars(Config().training), "flip": Config().data.flip, "workers": Config().data.workers}
+    assert ours.keys() <= parameters.keys()
+    different = {name: value for name, value in ours.items() if value != parameters[name].default}
+    assert different == {"label_dropout": 0.1, "precision": "auto", "device": "auto"}
+    chosen_elsewhere = {"model", "schedule", "data", "out", "optimizer", "save_every", "keep", "resume"}
+    assert parameters.keys() - ours.keys() == chosen_elsewhere
 
 
 def test_a_flag_and_its_line_of_toml_say_the_same(tmp_path):
@@ -85,6 +100,12 @@ def test_what_is_written_is_read_back(tmp_path):
     assert Config().replaced(file(tmp_path, values.write_toml(config.sections()))) == config
     assert Config().replaced(file(tmp_path, values.write_toml(Config().sections()))) == Config()
     assert values.toml_value(math.inf) == "inf"
+
+
+def test_the_configuration_of_the_page_is_one(tmp_path):
+    page = (Path(__file__).parents[1] / "docs" / "command_line.md").read_text(encoding="utf-8")
+    found = file(tmp_path, page.split("```toml")[1].split("```")[0])
+    assert found["model"] == {"kind": "unet", "options": {"width": 16, "time_dim": 64}}
 
 
 def test_flags_win_and_options_are_merged(tmp_path):

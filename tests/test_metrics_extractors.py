@@ -11,10 +11,12 @@ import torch
 from torch import nn
 
 from ddpm_fast.metrics import Extractor, features, frechet_distance, inception
-from ddpm_fast.metrics.small_classifier import Classifier, trained_classifier
 from ddpm_fast.metrics.evaluation import Evaluation, Part, real_parts
 from ddpm_fast.metrics.features import choose, find_inception_weights, pixels
+from ddpm_fast.metrics.small_classifier import Classifier, trained_classifier
 from ddpm_fast.training.data import TensorData
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def shapes(n=512, seed=0, labels=True, size=(12, 12)):
@@ -208,7 +210,7 @@ def test_without_torch_fidelity(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch_fidelity", None)
     path = tmp_path / "weights.pth"
     torch.save({}, path)
-    with pytest.raises(ImportError, match="Inception features need torch-fidelity .*: pip install torch-fidelity"):
+    with pytest.raises(ImportError, match=r"Inception features need torch-fidelity .*: pip install torch-fidelity"):
         inception(path)
 
 

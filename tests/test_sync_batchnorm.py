@@ -20,8 +20,16 @@ KINDS = (torch.float64, torch.float32, torch.bfloat16)
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two processes under accelerate."""
     folder: Path = tmp_path_factory.mktemp("pair")
-    processes_child.run_pair(folder, "batchnorm", "batchnorm_calls")
+    accelerate = "accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 --main_process_port 0"
+    done = processes_child.launch(
+        [*accelerate.split(), "--mixed_precision", "no", "--dynamo_backend", "no"],
+        folder,
+        "batchnorm",
+        "batchnorm_calls",
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
     return folder
 
 

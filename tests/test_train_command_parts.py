@@ -12,6 +12,7 @@ from PIL import Image
 from ddpm_fast import DDPMUNet, Schedule, UNet
 from ddpm_fast.commands import config, log, networks
 from ddpm_fast.commands.errors import CommandError
+from ddpm_fast.commands.fields import FIELDS
 from ddpm_fast.commands.progress import Progress, duration
 from ddpm_fast.nn import RMSNormUNet
 from ddpm_fast.training.data import SOURCES
@@ -53,7 +54,7 @@ def test_progress_outside_a_terminal_prints_a_line_now_and_then():
     walk(Progress(10_000, stream=stream, clock=clock), clock, range(1, 131))  # 65 seconds
     lines = stream.getvalue().splitlines()
     assert len(lines) == 3  # after 30 and 60 seconds, and the end
-    assert lines[0] == "  6.0 % | 600 of 10,000 images | loss 30.5 | 20 images/s | 7:50 left"
+    assert lines[0] == "  6.0 % | 600 of 10,000 images | loss 31.02 | 20 images/s | 7:50 left"
     assert lines[2].startswith(" 13.0 % | 1,300 of 10,000 images")
 
 
@@ -78,8 +79,9 @@ def test_progress_in_a_terminal_rewrites_its_line(monkeypatch):
 
 def test_progress_averages_over_the_last_steps_and_says_when_it_will_be_stopped():
     clock, stream = Clock(), io.StringIO()
-    progress = Progress(1000, deadline=clock.now + 20, stream=stream, clock=clock)
+    progress = Progress(1000, stream=stream, clock=clock)
     progress.on_start(at(500))
+    progress.deadline = clock.now + 20
     for step in range(51, 56):
         clock.now += 1
         progress.on_step(None, report(step, loss=step - 50, seconds=1.0))
@@ -153,6 +155,23 @@ def test_the_plot_is_a_picture_with_the_losses(tmp_path):
         assert len(picture.convert("RGB").getcolors(10**6)) > 50
     log.draw_loss(tmp_path / "loss.png", rows[:1], "one")
     assert [path.name for path in tmp_path.iterdir()] == ["loss.png"]
+
+
+def test_the_plot_is_drawn_every_minute_and_only_where_there_is_something_new(tmp_path, monkeypatch):
+    drawn, clock = [], Clock()
+    monkeypatch.setattr(log, "draw_loss", lambda path, rows, title: drawn.append(len(rows)))
+    monkeypatch.setattr(log.time, "monotonic", clock)
+    kept = log.Log(tmp_path / "log.csv", every=10)
+    plot = log.Plot(tmp_path / "loss.png", kept, "")
+    kept.on_start(at(0))
+    for step in range(1, 151):
+        clock.now += 1.0
+        kept.on_step(None, report(step))
+        plot.on_step(None, report(step))
+    plot.on_save(None, tmp_path)
+    plot.on_save(None, tmp_path)
+    plot.on_end(None)
+    assert drawn == [60, 120, 150]
 
 
 def test_running_mean():
@@ -235,4 +254,4 @@ def test_schedules():
 
 def test_sources_are_those_of_open_data():
     assert config.SOURCES == SOURCES
-    assert all(name in config.FIELDS["data"]["source"].text for name in SOURCES[:4])
+    assert all(name in FIELDS["data"]["source"].text for name in SOURCES[:4])

@@ -7,8 +7,6 @@ field's name with dashes; the first field of `data`, `model` and `schedule` has 
 from __future__ import annotations
 
 import dataclasses
-import os
-import typing
 from typing import Any
 
 AUTO = "auto"
@@ -129,7 +127,7 @@ class Training:
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """The grids of images that are drawn on the way, always from the same noise."""
+    """What is drawn on the way, always from the same noise."""
 
     sample_every: int | str | None = _option(
         AUTO, "images between two grids; auto: a tenth of all", choices=(AUTO,), least=1, may_change=True
@@ -137,6 +135,10 @@ class Sampling:
     sample_rows: int = _option(4, "of a grid", least=1, most=64, may_change=True)
     sample_steps: int = _option(50, "DDIM steps", least=1, may_change=True)
     sample_guidance: float = _option(1.0, "of class-conditional models", may_change=True)
+    eval_every: int | None = _option(
+        None, "images between two Frechet distances; what they cost is printed first", least=1, may_change=True
+    )
+    eval_samples: int = _option(1000, "of a Frechet distance, in sample_steps steps each", least=4, may_change=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,8 +146,8 @@ class Output:
     """Where results go."""
 
     out: str | None = _option(None, "folder of the run; one that holds a run is gone on with", may_change=True)
-    save_every: int | str | None = _option(
-        AUTO, "images between two checkpoints; auto: a twentieth of all", choices=(AUTO,), least=1, may_change=True
+    save_every: int | None = _option(
+        None, "images between two checkpoints; none: every ten minutes", least=1, may_change=True
     )
     keep: int = _option(3, "checkpoints that stay", least=1, may_change=True)
     log_every: int | str = _option(
@@ -178,60 +180,3 @@ class Config:
             merged = {k: {**getattr(section, k), **v} if isinstance(v, dict) else v for k, v in values.items()}
             sections[name] = dataclasses.replace(section, **merged)
         return dataclasses.replace(self, **sections)
-
-
-@dataclasses.dataclass(frozen=True)
-class Field:
-    """One field of one section, with the type that its values have."""
-
-    section: str
-    name: str
-    kind: Any
-    default: Any
-    text: str
-    flag: str
-    choices: tuple[str, ...] | None
-    least: float | None
-    most: float | None
-    may_change: bool
-    path: bool
-
-    @property
-    def optional(self) -> bool:
-        """Whether None is a value."""
-        return type(None) in typing.get_args(self.kind)
-
-    def in_bounds(self, value: Any) -> bool:
-        """Whether a number is between the field's bounds; anything else is."""
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            return True
-        return (self.least is None or value >= self.least) and (self.most is None or value <= self.most)
-
-    def normal(self, value: Any) -> Any:
-        """A path that exists as an absolute one, so that a run can be gone on with from any working folder."""
-        if self.path and isinstance(value, str) and value not in SOURCES and os.path.exists(value):
-            return os.path.abspath(value)
-        return value
-
-
-def _fields() -> dict[str, dict[str, Field]]:
-    found: dict[str, dict[str, Field]] = {}
-    for section in dataclasses.fields(Config):
-        cls = section.default_factory
-        assert isinstance(cls, type)
-        hints = typing.get_type_hints(cls)
-        found[section.name] = {
-            field.name: Field(
-                section.name,
-                field.name,
-                dict if typing.get_origin(hints[field.name]) is dict else hints[field.name],
-                {} if field.default is dataclasses.MISSING else field.default,
-                **{**field.metadata, "flag": field.metadata["flag"] or field.name.replace("_", "-")},
-            )
-            for field in dataclasses.fields(cls)
-        }
-    return found
-
-
-FIELDS = _fields()
-"""{section: {name: Field}}."""

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from . import values
-from .config import AUTO, FIELDS, Config, Field
+from .config import AUTO, Config
 from .errors import CommandError
+from .fields import FIELDS, Field
 
 Given = dict[str, dict[str, Any]]
 _DEST = "{section}__{name}"

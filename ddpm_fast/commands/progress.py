@@ -11,7 +11,7 @@ from typing import Any, TextIO
 
 _REDRAW = 0.2  # seconds between two states of the line in a terminal
 _PRINT = 30.0  # seconds between two lines elsewhere
-_HORIZON = 100  # steps over which the shown loss is averaged
+_HORIZON = 50  # steps over which the shown loss is averaged
 _WINDOW = 50  # steps over which the speed is
 _CLEAR = "\r\x1b[K"
 
@@ -21,7 +21,6 @@ class Progress:
 
     Args:
         images: the number that training ends at.
-        deadline: the clock's time at which it will be stopped, or None.
         stream: where to write; None is stdout. quiet: nothing but what `say` is told.
         clock: seconds that only grow.
     """
@@ -30,12 +29,13 @@ class Progress:
         self,
         images: int,
         *,
-        deadline: float | None = None,
         quiet: bool = False,
         stream: TextIO | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        self.images, self.deadline, self.quiet = images, deadline, quiet
+        self.images, self.quiet = images, quiet
+        self.deadline: float | None = None
+        """The clock's time at which training will be stopped."""
         self._stream = sys.stdout if stream is None else stream
         self._clock = clock
         self._live = self._stream.isatty()
@@ -43,6 +43,7 @@ class Progress:
         self._loss = self._weight = 0.0
         self._recent: collections.deque[tuple[int, float]] = collections.deque(maxlen=_WINDOW)
         self._seen: int | None = None
+        self._drawn: int | None = None  # what was seen when the line was written last
 
     def on_start(self, trainer: Any) -> None:
         self._seen = trainer.images_seen
@@ -61,7 +62,8 @@ class Progress:
     def on_end(self, trainer: Any) -> None:
         """Leaves the last state of the line standing."""
         if self._weight and not self.quiet:
-            self._draw(self.line(self._clock()))
+            if self._seen != self._drawn:
+                self._draw(self.line(self._clock()))
             if self._live:
                 self._stream.write("\n")
                 self._stream.flush()
@@ -71,7 +73,7 @@ class Progress:
         """A line of its own, above the live one."""
         if self._shown:
             self._stream.write(_CLEAR)
-            self._shown = False
+            self._shown, self._drawn = False, None
         print(text, file=self._stream, flush=True)
 
     @property
@@ -94,6 +96,7 @@ class Progress:
         return " | ".join(parts)
 
     def _draw(self, line: str) -> None:
+        self._drawn = self._seen
         if self._live:
             width = shutil.get_terminal_size().columns - 1
             self._stream.write(_CLEAR + line[:width])

@@ -11,17 +11,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from .errors import CommandError
+from .errors import CommandError, one_line
 
 EXAMPLES = """examples:
   ddpm-fast sample runs/fashion --num 64 --out samples                          PNGs and a grid
   ddpm-fast sample runs/fashion --num 64 --out fast --method ddim --steps 50    20 times fewer steps
   ddpm-fast sample runs/fashion --num 40 --out threes --label 3 --guidance 2    of one class
   ddpm-fast sample runs/fashion --num 16 --out film --gif                       the reverse process, too
-  torchrun --nproc-per-node 2 $(which ddpm-fast) sample runs/fashion --num 50000 --out many --npz
+  torchrun --nproc-per-node 2 $(which ddpm-fast) sample runs/fashion -n 50000 --out many --npz
                                                                                 in two processes
 
-The same line goes on where a run was stopped, with any number of processes; a larger --num adds images.
+The same line goes on where a run was stopped, with any number of processes; a larger --num adds images. After torchrun
+write -n: its own parser takes --num for one of its options.
 """
 TERMINATED = 128 + signal.SIGTERM
 INTERRUPTED = 128 + signal.SIGINT
@@ -89,8 +90,10 @@ def run(arguments: argparse.Namespace) -> int:
     _check(arguments)
     job = Job(arguments)
     try:
-        with _sigterm(), _explained(job):
-            job.run()
+        with _sigterm():
+            job.prepare()
+            with _explained(job):
+                job.run()
     except KeyboardInterrupt:
         job.say_stopped("interrupted")
         return INTERRUPTED
@@ -149,4 +152,8 @@ def _explained(job: Any) -> Iterator[None]:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         raise CommandError(what + (f"; {job.progress()}, the same command goes on" if full else "")) from error
     except RuntimeError as error:
-        raise CommandError(str(error), code=1) from error
+        if "out of memory" in str(error) or "allocate memory" in str(error):
+            raise CommandError(
+                f"not enough memory for --batch-size {job.arguments.batch_size}; use a smaller one"
+            ) from error
+        raise CommandError(one_line(error), code=1) from error

@@ -39,7 +39,7 @@ FORMAT = "ddpm_fast.sample"
 
 
 class Job:
-    """`run` does it all; `progress` and `say_stopped` say how far it is."""
+    """`prepare`, then `run`; `progress` and `say_stopped` say how far it is."""
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.arguments, self.out = arguments, Path(arguments.out)
@@ -68,8 +68,8 @@ class Job:
 
     # -- what it does -------------------------------------------------------------------------------------------------
 
-    def run(self) -> None:
-        """Raises CommandError, ValueError, ... before anything is written where the arguments cannot be served."""
+    def prepare(self) -> None:
+        """Loads and checks; writes nothing. CommandError, ValueError, ... for arguments that cannot be served."""
         device = device_of(self.arguments.device, self.place)
         share_the_cores(self.place, device)
         self.source = source = open_source(self.arguments, device)
@@ -77,7 +77,12 @@ class Job:
         self._choose_files()
         rows = None if self.labels is None else torch.zeros(0, dtype=torch.int64)
         source.sampler.sample(0, source.shape, labels=rows, guidance=self.arguments.guidance)  # checks, runs nothing
-        self.store = store = self._store()
+        self.store = self._store()
+
+    def run(self) -> None:
+        """Draws what is missing of this process's share, and puts together what all drew if nothing is missing."""
+        store = self.store
+        assert store is not None
         self.out.mkdir(parents=True, exist_ok=True)
         claim(self.out, self._identity())
         store.make()

@@ -83,7 +83,7 @@ def _source(
 
 def _is_pipeline(path: Path) -> bool:
     """A saved diffusers pipeline, or its network and scheduler side by side."""
-    return (path / PIPELINE).is_file() or ((path / "config.json").is_file() and not (path / "checkpoints").is_dir())
+    return any((path / part).is_file() for part in (PIPELINE, "unet/config.json", "config.json"))
 
 
 def _options(arguments: argparse.Namespace, prediction: str | None) -> dict[str, Any]:

@@ -45,8 +45,10 @@ def replacing(path: Path, sync: bool = False) -> Iterator[Any]:
                 file.flush()
                 os.fsync(file.fileno())
         os.replace(beside, path)
-    except BaseException:
+    except BaseException as error:
         beside.unlink(missing_ok=True)
+        if isinstance(error, OSError):  # a failed write does not say of what, a failed rename says both names
+            error.filename, error.filename2 = str(path), None
         raise
 
 

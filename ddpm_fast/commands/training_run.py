@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import errno
+import functools
 import signal
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,18 +17,19 @@ from .. import __version__
 from ..demo.train import bf16_pays
 from ..training import Trainer
 from ..training.checkpoints import FOLDER, newest_first
-from ..training.data import Data, open_data
 from ..training.data.base import describe
-from ..training.processes import LostContact, World
+from ..training.processes import LostContact
 from . import values
 from .config import AUTO, Config
 from .errors import CommandError, one_line
 from .grids import Grids, drawable
 from .log import Log, Plot, TensorBoard
-from .networks import WITH_NULL_LABEL, WITHOUT_LABELS, build_network, build_schedule
+from .networks import build_network, build_schedule
 from .progress import Progress, duration
+from .training_setup import check_writable, opened, with_labels, world
 
 CONFIG, LOG, PLOT, SAMPLES, TENSORBOARD = "config.toml", "log.csv", "loss.png", "samples", "tensorboard"
+METRICS = "metrics.csv"
 DIVERGED, INTERRUPTED, TERMINATED = 1, 128 + signal.SIGINT, 128 + signal.SIGTERM
 
 
@@ -39,22 +40,13 @@ class TrainingRun:
     """
 
     def __init__(self, config: Config, *, seconds: float | None, quiet: bool) -> None:
-        self.world = _world(config.training.device)
+        self.world = world(config.training.device)
         self.seconds, self.quiet = seconds, quiet or not self.world.is_main
         self.out = Path(str(config.output.out))
         if self.world.is_main:
-            _check_writable(self.out)
-        source = config.data
-        self.data: Data = open_data(
-            str(source.source),
-            path=source.data_path,
-            image_size=source.image_size,
-            channels=source.channels,
-            fit=source.fit,
-            split=source.split,
-            labels=source.labels is not False,
-        )
-        config, classes = _with_labels(config, self.data)
+            check_writable(self.out)
+        self.data = opened(config.data, config.data.split)
+        config, classes = with_labels(config, self.data)
         self.schedule = build_schedule(config.schedule)
         network, options = build_network(config.model, self.data.shape, classes, config.training.seed)
         precision = config.training.precision
@@ -67,9 +59,8 @@ class TrainingRun:
         """Of the `Trainer`."""
         chosen = vars(self.config.training).copy()
         chosen |= {"device": self.world.device, "flip": self.config.data.flip, "workers": self.config.data.workers}
-        chosen |= {"out": self.out, "keep": self.config.output.keep}
-        chosen["save_every"] = self._every(self.config.output.save_every, 20)
-        return chosen
+        output = self.config.output
+        return chosen | {"out": self.out, "keep": output.keep, "save_every": output.save_every}
 
     def _every(self, images: int | str | None, parts: int) -> int | None:
         """An interval in images; auto is one of so many parts of the run."""
@@ -88,8 +79,8 @@ class TrainingRun:
             self._say(f"nothing to do: this run has seen {trainer.images_seen:,} images; --images N goes on to N")
             return 0
         began = time.perf_counter()
-        progress = Progress(images, deadline=None if self.seconds is None else began + self.seconds, quiet=self.quiet)
-        stop = _Stop(progress.deadline)
+        progress = Progress(images, quiet=self.quiet)
+        stop = _Stop(self.seconds, progress)
         grids = self._callbacks(progress, stop) if self.world.is_main else None
         try:
             with self._explained():
@@ -151,8 +142,23 @@ class TrainingRun:
             callbacks.insert(0, board)  # before the log, which tells it of its rows
             if grids is not None:
                 grids.drawn.append(board.picture)
+        if config.sampling.eval_every is not None:
+            callbacks.append(self._evaluation(config.sampling.eval_every, progress))
         self.trainer.callbacks += [*callbacks, stop]
         return grids
+
+    def _evaluation(self, every: int, progress: Progress) -> Any:
+        from ..metrics.hooks import Evaluate  # only those who ask for it wait for it
+
+        chosen = self.config.sampling
+        return Evaluate(
+            functools.partial(opened, self.config.data),
+            every=every,
+            num=chosen.eval_samples,
+            steps=chosen.sample_steps,
+            file=self.out / METRICS,
+            say=self._say if self.quiet else progress.say,
+        )
 
     def _end(self, seconds: float, in_time: bool) -> None:
         seen, images = self.trainer.images_seen, self.config.training.images
@@ -185,7 +191,7 @@ class TrainingRun:
         try:
             yield
         except FloatingPointError as error:
-            raise CommandError(f"{one_line(error)}; {self._last_checkpoint()}", DIVERGED) from error
+            raise CommandError(one_line(error), DIVERGED) from error  # names the last checkpoint itself
         except OSError as error:
             what = "the disk is full" if error.errno == errno.ENOSPC else one_line(error)
             raise CommandError(f"{what}; {self._last_checkpoint()}") from error
@@ -199,65 +205,20 @@ class TrainingRun:
 
 
 class _Stop:
-    """A callback that ends the training at `deadline` (perf_counter) as SIGTERM would: between two steps, saved."""
+    """A callback that ends the training after so many seconds as SIGTERM would: between two steps, saved.
 
-    def __init__(self, deadline: float | None) -> None:
-        self.deadline, self.fired = deadline, False
+    It is the last callback: what the others do before the first step is not training.
+    """
+
+    def __init__(self, seconds: float | None, progress: Progress) -> None:
+        self.seconds, self.progress, self.fired = seconds, progress, False
+
+    def on_start(self, trainer: Any) -> None:
+        if self.seconds is not None:
+            self.progress.deadline = time.perf_counter() + self.seconds
 
     def on_step(self, trainer: Any, report: Any) -> None:
-        if self.deadline is not None and not self.fired and time.perf_counter() >= self.deadline:
+        deadline = self.progress.deadline
+        if deadline is not None and not self.fired and time.perf_counter() >= deadline:
             self.fired = True
             signal.raise_signal(signal.SIGTERM)
-
-
-def _world(name: str) -> World:
-    """This process among the others. CommandError for a device that is not there."""
-    if name == AUTO:
-        return World.from_environment()
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = torch.device("meta")
-    if device.type not in ("cpu", "cuda"):
-        raise CommandError(f"--device must be auto, cpu, cuda or cuda:N, got {name!r}")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise CommandError(
-            f"--device {name}: PyTorch {torch.__version__} sees {torch.cuda.device_count()} CUDA devices; use --device "
-            "cpu, or install a CUDA build of PyTorch and a driver (`ddpm-fast info` says what is missing)"
-        )
-    return World.from_environment(device)
-
-
-def _check_writable(out: Path) -> None:
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=out):
-            pass
-    except OSError as error:
-        raise CommandError(f"--out {out} cannot be written to: {error.strerror}") from error
-
-
-def _with_labels(config: Config, data: Data) -> tuple[Config, int | None]:
-    """The configuration with `labels` and `label_dropout` as they will be, and the number of classes."""
-    kind, labels, dropout = config.model.kind, config.data.labels, config.training.label_dropout
-    default = type(config.training)().label_dropout
-    if labels == AUTO:
-        labels = data.labels is not None and kind in WITH_NULL_LABEL
-    elif labels:
-        if data.labels is None:
-            raise CommandError(f"--labels: {data.name} has no labels; a folder has where its images are in subfolders")
-        if kind in WITHOUT_LABELS:
-            raise CommandError(f"--labels: --model {kind} knows no classes; choose another one, or --labels false")
-    if not (labels and kind in WITH_NULL_LABEL):
-        if dropout not in (default, 0.0):
-            why = f"--model {kind} has no label that means none" if labels else "no labels are learned"
-            raise CommandError(f"--label-dropout {dropout:g} has no effect: {why}")
-        dropout = 0.0
-    changed = config.replaced({"data": {"labels": bool(labels)}, "training": {"label_dropout": dropout}})
-    guidance = config.sampling.sample_guidance
-    if guidance != 1 and dropout == 0:
-        raise CommandError(
-            f"--sample-guidance {guidance:g} needs a class-conditional model that is also trained without labels "
-            "(--label-dropout)"
-        )
-    return changed, data.num_classes if labels else None

@@ -65,6 +65,7 @@ class Evaluate:
         step = seconds_per_step(sampler, shape, batch_size=self.batch_size, classes=classes)
         evaluation = self._prepared(trainer)
         batch = next(evaluation.reference.batches(0, self.batch_size, self.batch_size))
+        evaluation.extractor(batch)  # the first call costs more
         look = timed(lambda: evaluation.extractor(batch)) / len(batch)
         seconds = step * len(sampler) * self.num / self.batch_size + look * self.num
         left = max(0, trainer.settings.images - trainer.images_seen) // self.every
@@ -78,6 +79,7 @@ class Evaluate:
         """Prints the cost before anything is spent."""
         self._seen = trainer.images_seen
         self.say(self.cost(trainer))
+        self._forget_after(trainer.images_seen)
 
     def on_step(self, trainer: Any, report: Any) -> None:
         """Evaluates where a multiple of `every` has been reached."""
@@ -131,6 +133,17 @@ class Evaluate:
                 seed=trainer.settings.seed,
             )  # fmt: skip
         return self._evaluation
+
+    def _forget_after(self, images_seen: int) -> None:
+        """Takes out of the file what a run that goes on from a checkpoint is going to measure again."""
+        if self.file is None or not self.file.exists():
+            return
+        head, *lines = self.file.read_text(encoding="utf-8").splitlines() or [""]
+        kept = [line for line in lines if line.split(",")[0].isdecimal() and int(line.split(",")[0]) <= images_seen]
+        if len(kept) < len(lines):
+            beside = self.file.with_name(f"{self.file.name}.part")
+            beside.write_text("\n".join([head, *kept]) + "\n", encoding="utf-8")
+            beside.replace(self.file)
 
     def _append(self, images_seen: int, figures: Figures) -> None:
         assert self.file is not None

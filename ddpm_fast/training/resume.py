@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .steps import Steps
 
 SECONDS = 600.0  # between checkpoints, where no number of images is given
+SIGNALS = ("SIGINT", "SIGTERM")  # that end a run in good order; the first one that was sent to a process counts
 _MISSING = object()
 
 

@@ -89,7 +89,8 @@ class Steps:
         """
         lr = self._set_learning_rate()
         try:
-            loss, norm = self._update.apply(self._forward_backward(), self.world.mean)
+            with self.world.contact():
+                loss, norm = self._update.apply(self._forward_backward(), self._agree)
         except BaseException as error:
             self._batches = None  # they are ahead of a step that was not taken
             if isinstance(error, FloatingPointError):
@@ -99,6 +100,11 @@ class Steps:
             self.optimizer.zero_grad()  # after an error, too: the next step starts from none
         self._finish_step()
         return loss, lr, norm
+
+    def _agree(self, both: Tensor) -> list[float]:
+        """[loss, norm of the gradient] of all processes; the norm is the same in all, being of averaged gradients."""
+        values: list[float] = self.world.mean(both).tolist()
+        return values
 
     def _forward_backward(self) -> Tensor:
         """Gradients into the parameters; the mean loss."""

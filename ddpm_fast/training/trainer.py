@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..sampler import Sampler
 from ..schedule import Schedule
 from . import checkpoints
 from .loop import uninterrupted
-from .resume import RunFolder, config_of, noticed, open_run, take
+from .resume import SIGNALS, RunFolder, Stops, config_of, noticed, open_run, take
 from .settings import Settings
 from .steps import MakeOptimizer, Steps
 
@@ -127,6 +127,8 @@ class Trainer(Steps):
         self.callbacks: list[Any] = []
         self._config = config_of(self, own=optimizer is not None)
         self._run = None if self.out is None else RunFolder(self.out, keep, save_every)
+        self._stops = Stops()
+        self._agreed: str | None = None
         if self._run is not None:
             open_run(self, self._run, self._config)
 
@@ -141,21 +143,34 @@ class Trainer(Steps):
         a checkpoint cannot be written: those that are there stay, and `train` and `save` may be called again.
         """
         goal = self.settings.images if until is None else min(until, self.settings.images)
-        self.stopped = None
+        self.stopped = self._agreed = None
         self._call("on_start")
         try:
-            with noticed() as stops:
-                while self.images_seen < goal and not self.world.any(stops.asked is not None):
+            with noticed() as self._stops:
+                while self.images_seen < goal and not self._asked():
                     self.step()
                     self._save_if_due()
-                if self._run is not None:
-                    self._save(self._run)
-                if self.world.any(stops.asked is not None):
-                    self.stopped = "SIGINT" if self.world.any(stops.asked == "SIGINT") else "SIGTERM"
+                if self._run is not None and not self._run.is_saved(self.images_seen):
+                    self.save()
+                # The others wait here for process 0, which writes.
+                self.stopped = next((name for name in SIGNALS if self.world.any(self._stops.asked == name)), None)
         finally:
             self._call("on_end")
         if self.stopped == "SIGINT":
             raise KeyboardInterrupt
+
+    def _asked(self) -> bool:
+        """Whether to stop now. Several processes have agreed on it in the step before."""
+        return (self._stops.asked if self.world.size == 1 else self._agreed) is not None
+
+    def _agree(self, both: Tensor) -> list[float]:
+        """Beside loss and norm, whether a process was asked to stop: one call for all that is to be agreed on."""
+        if self.world.size == 1:
+            return super()._agree(both)
+        asked = both.new_tensor([float(self._stops.asked == name) for name in SIGNALS])
+        loss, norm, *wishes = self.world.mean(torch.cat([both, asked])).tolist()
+        self._agreed = next((name for name, wish in zip(SIGNALS, wishes, strict=True) if wish), None)
+        return [loss, norm]
 
     def step(self) -> float:
         """One step of the optimiser; the loss, mean over the batch.
@@ -189,12 +204,15 @@ class Trainer(Steps):
     def save(self) -> Path:
         """Writes a checkpoint into the run's folder, OUT/checkpoints; its path. The oldest beyond `keep` go.
 
-        Process 0 writes, from its own buffers; the others wait. Raises ValueError without `out`, and OSError if it
-        cannot be written: those that are there stay.
+        Process 0 writes, from its own buffers; the others do nothing. Raises ValueError without `out`, and OSError if
+        it cannot be written: those that are there stay.
         """
         if self._run is None:
             raise ValueError("this Trainer has no folder to save in; give it one: Trainer(..., out=)")
-        return self._save(self._run, again=True)
+        if self.world.is_main:
+            path = self._run.write(*self.state(), self._config)
+            self._call("on_save", path)
+        return self._run.path(self.images_seen)
 
     def load(self, path: str | os.PathLike[str]) -> None:
         """Goes on from a checkpoint: a file, or the newest whole one in a run's folder. In every process.
@@ -210,17 +228,7 @@ class Trainer(Steps):
     def _save_if_due(self) -> None:
         """Process 0 looks at its clock; the others meet it again in the next step."""
         if self._run is not None and self.world.is_main and self._run.is_due(self.images_seen):
-            self._write(self._run)
-
-    def _save(self, run: RunFolder, again: bool = False) -> Path:
-        if self.world.is_main and (again or not run.is_saved(self.images_seen)):
-            self._write(run)
-        self.world.barrier()
-        return run.path(self.images_seen)
-
-    def _write(self, run: RunFolder) -> None:
-        path = run.write(*self.state(), self._config)
-        self._call("on_save", path)
+            self.save()
 
     # -- what comes out -----------------------------------------------------------------------------------------------
 
