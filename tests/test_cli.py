@@ -3,6 +3,7 @@
 import importlib
 import sys
 import types
+import warnings
 from pathlib import Path
 
 import pytest
@@ -115,6 +116,33 @@ def test_info_is_python_m_ddpm_fast(monkeypatch):
     assert cli.main(["info"]) == 0
     module.main = lambda: 3
     assert cli.main(["info"]) == 3
+
+
+def test_warnings_and_errors_of_a_command_are_lines(monkeypatch, capsys):
+    def run(arguments):
+        warnings.warn("one\n  two", stacklevel=1)
+        raise ValueError("three\nfour")
+
+    monkeypatch.setattr("ddpm_fast.commands.info.run", run)
+    shown = warnings.showwarning
+    assert cli.main(["info"]) == 2
+    assert capsys.readouterr().err == "ddpm-fast info: warning: one two\nddpm-fast info: error: three four\n"
+    monkeypatch.setenv("RANK", "1")
+    assert cli.main(["info"]) == 2
+    assert capsys.readouterr().err == "ddpm-fast info: error: three four [process 1]\n"
+    monkeypatch.setenv(cli.TRACEBACK_VARIABLE, "1")
+    with pytest.raises(ValueError, match="three"):
+        cli.main(["info"])
+    assert warnings.showwarning is shown
+
+
+def test_ctrl_c_is_one_line(monkeypatch, capfd):
+    def run(arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("ddpm_fast.commands.info.run", run)
+    assert cli.main(["info"]) == 130
+    assert capfd.readouterr().err == "ddpm-fast info: interrupted\n"
 
 
 def test_bench_runs_the_script_of_the_checkout(capfd):
