@@ -88,7 +88,7 @@ def _batch_norm_silu_backward_kernel(
 ):
     """g_h = g_u scale - (base + d slope); pull_ptr [2, channels]: base and slope, or None for 0."""
     channels, inner = channel_units * CHANNEL_UNIT, inner_units * INNER_UNIT
-    sample, row, first, c = _batch_norm.place_of_program(parts, channel_blocks, channels, SPAN, BLOCK_C, LAST)
+    sample, _row, first, c = _batch_norm.place_of_program(parts, channel_blocks, channels, SPAN, BLOCK_C, LAST)
     g_ptr += sample * channels * inner
     h_ptr += sample * channels * inner
     g_h_ptr += sample * channels * inner
@@ -99,7 +99,7 @@ def _batch_norm_silu_backward_kernel(
     for offset in range(0, SPAN, BLOCK_P):
         p = _rms_norm.places_of(first + offset, BLOCK_P, LAST)
         place, mask = _rms_norm.offsets_of(c, p, channels, inner, LAST), (c < channels) & (p < inner)
-        g, g_u, d = _gradients(g_ptr, h_ptr, place, mask, mean, scale, beta, SILU)
+        _g, g_u, d = _gradients(g_ptr, h_ptr, place, mask, mean, scale, beta, SILU)
         g_h = g_u * scale
         if pull_ptr is not None:
             g_h = g_h - (base + d * slope)
