@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import collections
+import contextlib
+import os
 import shutil
 import sys
 import time
@@ -14,6 +16,34 @@ _PRINT = 30.0  # seconds between two lines elsewhere
 _HORIZON = 50  # steps over which the shown loss is averaged
 _WINDOW = 50  # steps over which the speed is
 _CLEAR = "\r\x1b[K"
+
+
+class Voice:
+    """Standard output, which may not be there or go away (`| head`, a lost terminal, a full disk). Training is worth
+    more than what it says: it goes on in silence.
+    """
+
+    def __init__(self, stream: TextIO | None) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> None:
+        self._try(lambda stream: stream.write(text))
+
+    def flush(self) -> None:
+        self._try(lambda stream: stream.flush())
+
+    def isatty(self) -> bool:
+        return self._stream is not None and self._stream.isatty()
+
+    def _try(self, action: Callable[[TextIO], object]) -> None:
+        if self._stream is None:
+            return
+        try:
+            action(self._stream)
+        except OSError:
+            with contextlib.suppress(OSError):  # what is in its buffer would be tried again when Python ends
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+            self._stream = None
 
 
 class Progress:
@@ -30,13 +60,13 @@ class Progress:
         images: int,
         *,
         quiet: bool = False,
-        stream: TextIO | None = None,
+        stream: TextIO | Voice | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.images, self.quiet = images, quiet
         self.deadline: float | None = None
         """The clock's time at which training will be stopped."""
-        self._stream = sys.stdout if stream is None else stream
+        self._stream = Voice(sys.stdout) if stream is None else stream
         self._clock = clock
         self._live = self._stream.isatty()
         self._shown, self._last = False, clock()

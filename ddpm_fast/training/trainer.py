@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import numbers
 import os
 import time
 from pathlib import Path
@@ -122,9 +123,10 @@ class Trainer(Steps):
         given = locals()
         chosen = {field.name: given[field.name] for field in dataclasses.fields(Settings)}
         super().__init__(model, schedule, data, Settings(**chosen), optimizer=optimizer, device=device)
-        self.out = None if out is None else Path(out)
+        self.out = None if out is None else _folder(out)
         self.stopped: str | None = None
         self.callbacks: list[Any] = []
+        self._savable = False
         self._config = config_of(self, own=optimizer is not None)
         self._run = None if self.out is None else RunFolder(self.out, keep, save_every)
         self._stops = Stops()
@@ -137,12 +139,14 @@ class Trainer(Steps):
     def train(self, until: int | None = None) -> None:
         """Steps until `images` (or `until`, if that is less) images have been seen; saves from time to time, and then.
 
-        SIGTERM and Ctrl-C (to any of the processes) wait until the step is taken and saved; `stopped` then names the
-        signal, and after Ctrl-C KeyboardInterrupt follows. A second Ctrl-C takes effect at once. Raises
+        SIGTERM, SIGHUP and Ctrl-C (to any of the processes) wait until the step is taken and saved; `stopped` then
+        names the signal, and after Ctrl-C KeyboardInterrupt follows. A second Ctrl-C takes effect at once. Raises
         FloatingPointError, naming the step and the last checkpoint, if the loss or gradient was not finite; OSError if
         a checkpoint cannot be written: those that are there stay, and `train` and `save` may be called again.
         """
-        goal = self.settings.images if until is None else min(until, self.settings.images)
+        if until is not None and (isinstance(until, bool) or not isinstance(until, numbers.Integral)):
+            raise TypeError(f"until must be a number of images, got {until!r}")
+        goal = self.settings.images if until is None else min(int(until), self.settings.images)
         self.stopped = self._agreed = None
         self._call("on_start")
         try:
@@ -227,6 +231,9 @@ class Trainer(Steps):
 
     def _save_if_due(self) -> None:
         """Process 0 looks at its clock; the others meet it again in the next step."""
+        if self._run is not None and self.world.is_main and not self._savable:
+            checkpoints.check(*self.state(), self._config)  # now that the optimiser has a state
+            self._savable = True
         if self._run is not None and self.world.is_main and self._run.is_due(self.images_seen):
             self.save()
 
@@ -244,3 +251,10 @@ class Trainer(Steps):
             "self_condition": self.objective.self_condition,
         }
         return Sampler(model, self.schedule, **{**trained, **options})
+
+
+def _folder(out: str | os.PathLike[str]) -> Path:
+    """As an absolute path: a run stays where it was begun when the working folder changes."""
+    if not os.fspath(out):
+        raise ValueError("out must name a folder, got an empty text; None keeps everything in memory")
+    return Path(out).absolute()
