@@ -36,6 +36,10 @@ BUDGET = {
     "add_bias_temb_silu": 82,  # 77, 78
     "add_bias_temb_backward_none": 26,  # 22, 22
     "add_bias_temb_backward_silu": 130,  # 120, 122: two divisions
+    "batch_norm_silu_sums": 48,  # 43, 43
+    "batch_norm_silu": 97,  # 85, 88
+    "batch_norm_silu_backward_sums": 117,  # 106, 106
+    "batch_norm_silu_backward": 105,  # 95, 94
     "group_norm_silu": 185,  # 167, 176: three passes, unrolled
     "group_norm_silu_backward": 215,  # 201, 204: two passes
     "rms_norm_silu": 109,  # 87, 99
