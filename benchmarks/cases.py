@@ -156,6 +156,22 @@ def _rms_norm_backward(i: Inputs, function: Callable[..., Tensor]) -> object:
     return torch.autograd.grad(function(i, *leaves), leaves, i.y)
 
 
+# As in the tutorial's blocks, in training: the norm takes the statistics of the batch.
+def _fast_batch_norm(i: Inputs, *leaves: Tensor) -> Tensor:
+    h, weight, beta, temb = leaves or (i.x, i.weight, i.bias, i.temb)
+    return ops.batch_norm_silu(h, weight, beta, temb=temb)
+
+
+def _eager_batch_norm(i: Inputs, *leaves: Tensor) -> Tensor:
+    h, weight, beta, temb = leaves or (i.x, i.weight, i.bias, i.temb)
+    return F.silu(F.batch_norm(h, None, None, weight, beta, training=True)) + temb[:, :, None, None]
+
+
+def _batch_norm_backward(i: Inputs, function: Callable[..., Tensor]) -> object:
+    leaves = [_leaf(value) for value in (i.x, i.weight, i.bias, i.temb)]
+    return torch.autograd.grad(function(i, *leaves), leaves, i.y)
+
+
 def _fast_loss_backward(i: Inputs) -> object:
     pred = _leaf(i.x)
     return _grads(ops.noise_mse(pred, rng=i.rng), pred)
@@ -209,6 +225,15 @@ CASES = [
         lambda i: _rms_norm_backward(i, _fast_rms_norm),
         lambda i: _rms_norm_backward(i, _eager_rms_norm),
         lambda size: 6 * size,  # forward: h, residual, y; backward: g, h, g_h (the residual's gradient is g)
+        exact=False,
+        atol=5e-6,
+    ),
+    Case("batch_norm_silu", _fast_batch_norm, _eager_batch_norm, lambda size: 3 * size, exact=False, atol=5e-6),
+    Case(
+        "batch_norm_silu, backward",
+        lambda i: _batch_norm_backward(i, _fast_batch_norm),
+        lambda i: _batch_norm_backward(i, _eager_batch_norm),
+        lambda size: 8 * size,  # forward: h twice, y; backward: g and h twice, g_h
         exact=False,
         atol=5e-6,
     ),

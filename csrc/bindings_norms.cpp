@@ -117,7 +117,7 @@ void rms_norm_silu_backward(
 // What forward and backward pass alike.
 BatchNormSiluArgs batch_norm_silu_args(
     const Shape& shape, const Array& h, const Array& weight, const Array& bias, Address mean, Address var,
-    bool of_batch, float eps, bool silu
+    bool of_batch, float eps, bool silu, int64_t parts, Address workspace
 ) {
   BatchNormSiluArgs args;
   args.shape = shape;
@@ -129,42 +129,41 @@ BatchNormSiluArgs batch_norm_silu_args(
   args.of_batch = of_batch;
   args.eps = eps;
   args.silu = silu;
+  args.parts = parts;
+  args.workspace = pointer<float>(workspace);
   return args;
-}
-
-Status not_on_gpu(const BatchNormSiluArgs&, int, void*) {
-  return {"the compiled extension has no CUDA kernel for batch_norm_silu; use the triton or the reference backend"};
 }
 
 void batch_norm_silu(
     int device, Address stream, int64_t n, int64_t channels, int64_t inner, bool channels_last, Address h, int h_dtype,
     Address weight, int weight_dtype, Address bias, int bias_dtype, Address mean, Address var, bool of_batch, float eps,
-    bool silu, Address temb, int temb_dtype, Address y
+    bool silu, int64_t parts, Address workspace, Address temb, int temb_dtype, Address y
 ) {
   BatchNormSiluArgs args = batch_norm_silu_args(
       shape_of(n, channels, inner, channels_last), array(h, h_dtype), array(weight, weight_dtype),
-      array(bias, bias_dtype), mean, var, of_batch, eps, silu
+      array(bias, bias_dtype), mean, var, of_batch, eps, silu, parts, workspace
   );
   args.temb = array(temb, temb_dtype);
   args.y = array(y, h_dtype);
-  launch<BatchNormSiluArgs>(args, device, stream, batch_norm_silu_cpu, not_on_gpu);
+  launch<BatchNormSiluArgs>(args, device, stream, DDPM_FAST_LAUNCHERS(batch_norm_silu));
 }
 
 void batch_norm_silu_backward(
     int device, Address stream, int64_t n, int64_t channels, int64_t inner, bool channels_last, Address h, int h_dtype,
     Address weight, int weight_dtype, Address bias, int bias_dtype, Address mean, Address var, bool of_batch, float eps,
-    bool silu, Address g, int g_dtype, Address g_h, Address g_temb, Address d_weight, Address d_bias
+    bool silu, int64_t parts, Address workspace, Address g, int g_dtype, Address g_h, Address g_temb, Address d_weight,
+    Address d_bias
 ) {
   BatchNormSiluArgs args = batch_norm_silu_args(
       shape_of(n, channels, inner, channels_last), array(h, h_dtype), array(weight, weight_dtype),
-      array(bias, bias_dtype), mean, var, of_batch, eps, silu
+      array(bias, bias_dtype), mean, var, of_batch, eps, silu, parts, workspace
   );
   args.g = array(g, g_dtype);
   args.g_h = array(g_h, h_dtype);
   args.g_temb = pointer<float>(g_temb);
   args.d_weight = pointer<float>(d_weight);
   args.d_bias = pointer<float>(d_bias);
-  launch<BatchNormSiluArgs>(args, device, stream, batch_norm_silu_backward_cpu, not_on_gpu);
+  launch<BatchNormSiluArgs>(args, device, stream, DDPM_FAST_LAUNCHERS(batch_norm_silu_backward));
 }
 
 }  // namespace

@@ -139,6 +139,8 @@ struct BatchNormSiluArgs {
   Array g_h;                                     // backward; optional
   float* g_temb = nullptr;                       // backward, [n, channels]: sums of g; optional
   float *d_weight = nullptr, *d_bias = nullptr;  // backward, [channels]: sums of g_u xhat and of g_u
+  int64_t parts = 1;                             // CUDA: into how many parts the places of a sample are cut for sums
+  float* workspace = nullptr;                    // CUDA: [n, parts, channels, 3] floats and [channels, 2] behind them
 };
 
 struct DdpmStepArgs {
@@ -205,6 +207,8 @@ Status group_norm_silu_cuda(const GroupNormSiluArgs& args, int device, void* str
 Status group_norm_silu_backward_cuda(const GroupNormSiluArgs& args, int device, void* stream);
 Status rms_norm_silu_cuda(const RmsNormSiluArgs& args, int device, void* stream);
 Status rms_norm_silu_backward_cuda(const RmsNormSiluArgs& args, int device, void* stream);
+Status batch_norm_silu_cuda(const BatchNormSiluArgs& args, int device, void* stream);
+Status batch_norm_silu_backward_cuda(const BatchNormSiluArgs& args, int device, void* stream);
 Status ddpm_step_cuda(const DdpmStepArgs& args, int device, void* stream);
 Status noise_mse_cuda(const NoiseMseArgs& args, int device, void* stream);
 Status noise_mse_backward_cuda(const NoiseMseArgs& args, int device, void* stream);

@@ -71,8 +71,15 @@ def _module(command: str) -> str:
 
 
 def _warn(command: str, message: Warning | str, category: type[Warning], *place: Any) -> None:
-    """A warning as one line, without the line of code that it came from."""
-    print(f"ddpm-fast {command}: warning: {' '.join(str(message).split())}", file=sys.stderr)
+    """A warning as one line, without the line of code that it came from; of several processes the first one's."""
+    if _process() == "":
+        print(f"ddpm-fast {command}: warning: {' '.join(str(message).split())}", file=sys.stderr)
+
+
+def _process() -> str:
+    """Which of several processes this is, as the end of a line; nothing for the first and for the only one."""
+    rank = os.environ.get("RANK", "0")
+    return "" if rank == "0" else f" [process {rank}]"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -92,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (CommandError, ValueError, TypeError, OSError, ImportError) as error:
         if os.environ.get(TRACEBACK_VARIABLE):
             raise
-        print(f"ddpm-fast {arguments.command}: error: {one_line(error)}", file=sys.stderr)
+        print(f"ddpm-fast {arguments.command}: error: {one_line(error)}{_process()}", file=sys.stderr)
         return error.code if isinstance(error, CommandError) else USAGE
     except KeyboardInterrupt:
         print(f"ddpm-fast {arguments.command}: interrupted", file=sys.stderr)

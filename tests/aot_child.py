@@ -146,6 +146,20 @@ def cases() -> Iterator[Case]:
         else:
             ops.rms_norm_silu(h, meta(*affine), meta(*affine), h, 1e-12, act)
 
+    def batch_norm(
+        dtype: torch.dtype,
+        act: str = "silu",
+        cl: bool = False,
+        shape: tuple[int, ...] = FEATURES,
+        backward: bool = False,
+    ) -> None:
+        h, temb = meta(*shape, dtype=dtype, channels_last=cl), meta(*shape[:2], dtype=dtype)
+        of_channels = (meta(shape[1]), meta(shape[1]))
+        if backward:
+            ops.batch_norm_silu_backward(h, h, *of_channels, *of_channels, True, 1e-5, act, True, True)
+        else:
+            ops.batch_norm_silu(h, temb, *of_channels, None, None, 1e-5, act)
+
     for capability in (90, 80):
         for name, dtype in DTYPES.items():
             size = dtype.itemsize
@@ -182,6 +196,12 @@ def cases() -> Iterator[Case]:
             # Read for the mean, for the squares about it and for y; g and h for the sums and for g_h.
             yield Case("group_norm_silu", lambda d=dtype: norm(d), *both, [size] * 3, [size])
             yield Case("group_norm_silu_backward", lambda d=dtype: norm_backward(d), *both, [size] * 4, [size])
+            # h for the sums, of one tile here, and for y; g and h for the sums and for g_h.
+            for k, (reads, writes) in enumerate([([size], []), ([size], [size])]):
+                call = functools.partial(batch_norm, dtype)
+                yield Case(f"batch_norm_silu{'_sums' * (k == 0)}", call, *both, reads, writes, launch=k)
+                call = functools.partial(batch_norm, dtype, backward=True)
+                yield Case(f"batch_norm_silu_backward{'_sums' * (k == 0)}", call, *both, [size] * 2, writes, launch=k)
             # Once each: h and what is added, or g and h.
             yield Case("rms_norm_silu", lambda d=dtype: rms_norm(d), *both, [size] * 2, [size])
             yield Case("rms_norm_silu_backward", lambda d=dtype: rms_norm(d, backward=True), *both, [size] * 2, [size])
@@ -242,6 +262,16 @@ def cases() -> Iterator[Case]:
         ("group_norm_silu_of_one_number", lambda: norm(torch.float32, shape=(1, 1, 1, 1), groups=1)),
         ("group_norm_silu_backward_of_one_number", lambda: norm_backward(torch.float32, shape=(1, 1, 1, 1), groups=1)),
     ]
+    for backward, cl, launch in (
+        (False, True, 0),
+        (False, True, 1),
+        (True, True, 0),
+        (True, True, 1),
+        (False, False, 1),
+    ):
+        shape = FEATURES if cl else (1, 1, 1, 2)
+        call = functools.partial(batch_norm, torch.bfloat16, cl=cl, shape=shape, backward=backward)
+        yield Case(f"batch_norm_silu{'_backward' * backward}_{cl}_{launch}", call, "mixed", 90, launch=launch)
     for direction in ("", "_backward"):
         options: list[tuple[str, dict[str, Any]]] = [
             ("channels_last", {"cl": True, "per_sample": True}),

@@ -1,4 +1,4 @@
-"""What several processes do in the tests: `python processes_child.py FOLDER JOB...`, started once in each of them.
+"""What two processes do in the tests: `torchrun processes_child.py FOLDER JOB...`.
 
 A job is a function of this file, (world) -> results, and its results lie in FOLDER/JOB.RANK.pt afterwards. The test
 calls the same function with a world of one process, and compares.
@@ -7,26 +7,30 @@ calls the same function with a world of one process, and compares.
 from __future__ import annotations
 
 import copy
+import faulthandler
 import hashlib
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from processes_batchnorm import batchnorm, batchnorm_calls
 from torch import Tensor, nn
 from unet_configs import SMALL
 
 from ddpm_fast import Schedule
 from ddpm_fast.nn import DDPMUNet, UNet
 from ddpm_fast.training.data import TensorData
-from ddpm_fast.training.processes import World, share
+from ddpm_fast.training.processes import World
 from ddpm_fast.training.trainer import Trainer
+
+if TYPE_CHECKING:
+    import pytest
 
 # -- in the test ------------------------------------------------------------------------------------------------------
 
@@ -39,32 +43,30 @@ def environment(**more: str) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", **more}
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+def together(factory: pytest.TempPathFactory) -> Path:
+    """The folder with what two processes under torchrun make of all jobs, and of a run that one process has begun.
 
-
-def run_pair(folder: Path, *jobs: str, timeout: float = 120) -> list[str]:
-    """Runs the jobs in two processes without a launcher; what each printed. Fails if one fails."""
-    port, command = str(free_port()), [sys.executable, __file__, str(folder), *jobs]
-    pair = [
-        subprocess.Popen(
-            command,
-            env=environment(RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in (0, 1)
-    ]
+    They are started once, whichever test, file or worker of pytest-xdist asks first.
+    """
+    base = factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "processes"
     try:
-        printed = [process.communicate(timeout=timeout)[0] for process in pair]
-    finally:
-        for process in pair:
-            process.kill()
-    assert [process.returncode for process in pair] == [0, 0], "\n".join(printed)
-    return printed
+        folder.mkdir()
+    except FileExistsError:
+        until = time.monotonic() + 300
+        while not (folder / "printed").exists() and time.monotonic() < until:
+            time.sleep(0.05)
+    else:
+        trainer_for("GroupNorm", 0, out=folder / "run").train(until=BATCH)
+        torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", __file__, str(folder), *JOBS]
+        done = subprocess.run(
+            [sys.executable, "-m", *torchrun], env=environment(), capture_output=True, text=True, timeout=250
+        )
+        (folder / "writing").write_text(done.stdout + done.stderr)
+        (folder / "writing").rename(folder / "printed")
+    printed = (folder / "printed").read_text()
+    assert (folder / f"{lost.__name__}.0.pt").exists(), printed
+    return folder
 
 
 def results(folder: Path, job: str) -> tuple[Any, Any]:
@@ -219,7 +221,7 @@ def stops(world: World) -> dict[str, Any]:
 
 def _trouble(world: World, rank: int, at: int, do: Callable[[], Tensor | None]) -> TensorData:
     """Data that do it in the process `rank` when it reads its batch number `at`."""
-    data = Troubled(torch.rand(IMAGES, 6))
+    data = Troubled(torch.rand(IMAGES, 6, generator=torch.Generator().manual_seed(5)))
     reads = 0
 
     def trouble(indices: Tensor) -> Tensor | None:
@@ -269,142 +271,39 @@ def _different(world: World) -> dict[str, Any]:
     return {"error": _caught(lambda: trainer_for("MLP", world.rank, seed=world.rank))}
 
 
-def _lost(world: World) -> dict[str, Any]:
-    def fail() -> None:
-        raise OSError("no such picture")
-
-    trainer = trainer_for("MLP", world.rank, data=_trouble(world, 1, 2, fail), workers=0)
-    started = time.perf_counter()
-    return {"error": _caught(trainer.train), "seconds": time.perf_counter() - started}
-
-
-def _callback(world: World) -> dict[str, Any]:
-    class Full:
-        def on_step(self, trainer: Trainer, report: Any) -> None:
-            raise OSError("disk full")
-
-    trainer = trainer_for("MLP", world.rank)
-    trainer.callbacks.append(Full())
-    return {"error": _caught(trainer.train)}
-
-
 STOPS: dict[str, Callable[[World], dict[str, Any]]] = {
     "not finite": _not_finite,
     "SIGTERM": _signalled(signal.SIGTERM),
     "SIGINT": _signalled(signal.SIGINT),
     "unused": _unused,
     "different": _different,
-    "lost": _lost,
-    "callback": _callback,
 }
 
 
-# -- jobs: BatchNorm --------------------------------------------------------------------------------------------------
+def lost(world: World) -> dict[str, Any]:
+    """The last job: process 1 cannot read its second batch, and nobody catches that. What process 0 makes of it."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # from the launcher, which would be the other end of this process
+
+    def fail() -> None:
+        raise OSError("no such picture")
+
+    trainer = trainer_for("MLP", world.rank, data=_trouble(world, 1, 2, fail), workers=0)
+    if world.rank == 1:
+        trainer.train()
+    started = time.perf_counter()
+    return {"error": _caught(trainer.train), "seconds": time.perf_counter() - started}
 
 
-def batchnorm(world: World) -> dict[str, Any]:
-    """Every case of BATCHNORMS in every dtype, this rank's part of it."""
-    return {
-        f"{name}, {dtype}": batchnorm_case(world, name, dtype)
-        for name in BATCHNORMS
-        for dtype in (torch.float64, torch.float32, torch.bfloat16)
-    }
-
-
-# name: (layer, shape of the whole batch, mean of the values)
-BATCHNORMS: dict[str, Any] = {
-    "vectors": (lambda: nn.BatchNorm1d(5), (6, 5), 0.5),
-    "sequences": (lambda: nn.BatchNorm1d(5), (6, 5, 7), 0.5),
-    "images": (lambda: nn.BatchNorm2d(8), (8, 8, 5, 6), 0.5),
-    "channels_last": (lambda: nn.BatchNorm2d(8), (8, 8, 5, 6), 0.5),
-    "unequal shares": (lambda: nn.BatchNorm2d(8), (7, 8, 5, 6), 0.5),
-    "one image each": (lambda: nn.BatchNorm2d(8), (2, 8, 3, 3), 0.5),
-    "far from zero": (lambda: nn.BatchNorm2d(8), (8, 8, 16, 16), 30.0),
-    "volumes": (lambda: nn.BatchNorm3d(4), (4, 4, 3, 2, 5), 0.5),
-    "without weights": (lambda: nn.BatchNorm2d(8, affine=False), (8, 8, 5, 6), 0.5),
-    "without running statistics": (lambda: nn.BatchNorm2d(8, track_running_stats=False), (8, 8, 5, 6), 0.5),
-    "running average": (lambda: nn.BatchNorm2d(8, momentum=None), (8, 8, 5, 6), 0.5),
-}
-
-
-def batchnorm_case(world: World, name: str, dtype: torch.dtype, exact: bool = False) -> dict[str, Tensor]:
-    """Two batches through a layer, forward and backward: outputs, gradients, buffers.
-
-    Weights are as in mixed precision: float32 under bf16 images. exact: the same numbers, computed in float64.
-    """
-    make, shape, centre = BATCHNORMS[name]
-    generator = torch.Generator().manual_seed(7)
-    layer = make().to(torch.float64 if exact else torch.promote_types(dtype, torch.float32))
-    with torch.no_grad():
-        for parameter in layer.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator))
-    if world.size > 1:
-        from ddpm_fast.training.sync_batchnorm import convert
-
-        convert(layer, world)
-    first, last = share(shape[0], world.rank, world.size)
-    got: dict[str, Tensor] = {}
-    for step in range(2):
-        whole = torch.randn(2, *shape, generator=generator, dtype=torch.float64)
-        x, dy = (part.to(dtype)[first:last] for part in (centre + whole[0] * (2 + step), whole[1]))
-        if exact:
-            x, dy = x.double(), dy.double()
-        if name == "channels_last":
-            x = x.contiguous(memory_format=torch.channels_last)
-        x.requires_grad_()
-        y = layer(x)
-        y.backward(dy)
-        got |= {f"y{step}": y.detach(), f"dx{step}": x.grad}
-        assert y.dtype == x.dtype
-        assert y.stride() == x.stride()
-    got |= {f"d{key}": parameter.grad for key, parameter in layer.named_parameters()}  # of both steps
-    return got | dict(layer.named_buffers())
-
-
-def batchnorm_calls(world: World) -> dict[str, Any]:
-    """How often a network of three layers waits for the others in a forward and a backward pass."""
-    from ddpm_fast.training import sync_batchnorm
-    from ddpm_fast.training.sync_batchnorm import convert
-
-    network = nn.Sequential(nn.Linear(3, 4), *(nn.Sequential(nn.BatchNorm1d(4), nn.SiLU()) for _ in range(3)))
-    keys = list(network.state_dict())
-    converted = convert(network, world)
-    calls, plain = [], World.sum
-
-    def counted(self: World, tensor: Tensor) -> Tensor:
-        calls.append(tensor.numel())
-        return plain(self, tensor)
-
-    World.sum = counted  # type: ignore[method-assign]
-    try:
-        y = network(torch.ones(2, 3) * torch.arange(2)[:, None])
-        forward = len(calls)
-        y.sum().backward()
-        compiled = torch.compile(network, backend="eager")(torch.ones(2, 3) * torch.arange(2)[:, None])
-    finally:
-        World.sum = plain  # type: ignore[method-assign]
-    same_keys = list(network.state_dict()) == keys
-    network.eval()
-    alone = network(torch.full((1, 3), float(world.rank))) if world.rank == 0 else None  # nobody to wait for
-    sync_batchnorm.revert(network)
-    kinds = {type(part) for part in network.modules()} - {nn.Sequential, nn.Linear, nn.SiLU}
-    return {
-        "converted": converted,
-        "keys": same_keys,
-        "forward": forward,
-        "both": len(calls) - forward - 3,  # without those of the compiled pass
-        "compiled": torch.equal(compiled, y),
-        "alone": alone is None or bool(alone.isfinite().all()),
-        "reverted": kinds == {nn.BatchNorm1d},
-    }
+JOBS = {job.__name__: job for job in (talk, trained, resumed, stops, batchnorm, batchnorm_calls, lost)}
 
 
 def main() -> None:
     torch.set_num_threads(1)
+    faulthandler.dump_traceback_later(100, exit=True)  # a hang says where it is
     folder, world = Path(sys.argv[1]), World.from_environment("cpu")
     for job in sys.argv[2:]:
         start = time.perf_counter()
-        torch.save(globals()[job](world), folder / f"{job}.{world.rank}.pt")
+        torch.save(JOBS[job](world), folder / f"{job}.{world.rank}.pt")
         print(f"{job}: {time.perf_counter() - start:.2f} s", flush=True)
 
 

@@ -19,23 +19,24 @@ CLOSE = {**TOLERANCES, torch.float32: {"rtol": 4e-6, "atol": 4e-6}}
 CLOSE_SUMS = {**TOLERANCES, torch.float32: {"rtol": 1e-5, "atol": 4e-5}}
 
 # Odd sizes, one place, one channel, one sample, vectors, volumes, more channels than a sum takes at once, rows longer
-# than it takes at once, many parts, samples in pieces, nothing.
+# than it takes at once, samples in pieces, nothing.
 AWKWARD = [
     (2, 6, 5, 7),
     (3, 8, 1, 1),
     (2, 1, 1),
     (2, 1, 5, 5),
     (1, 1, 70, 61),
-    (33, 12),
-    (9, 1023),
-    (8, 2500),
+    (5, 12),
+    (2, 259),
     (1, 70, 3, 3),
     (2, 4, 3, 2, 5),
     (1, 34, 16, 11),
-    (70, 3, 2, 2),
+    (7, 3, 2, 2),
     (2, 12, 40, 41),
     (2, 0, 3, 3),
 ]
+# Of the C++ half: more samples than a sum takes at once, and than it has parts. Elsewhere a sample is a program.
+BATCHES = [(33, 12), (9, 1023), (8, 2500), (70, 3, 2, 2)]
 
 
 def inputs(shape=IMAGE, dtype=torch.float32, kind="contiguous", leave_out=()):
@@ -92,6 +93,15 @@ def test_on_awkward_inputs(device, shape):
     check(device, shape=shape, kind="offset")
     check(device, shape=shape, kind="channels_last")
     check(device, None, shape=shape, dtype=torch.bfloat16, kind="channels_last")
+
+
+@pytest.mark.parametrize("shape", BATCHES, ids=str)
+def test_of_many_samples(shape):
+    for kind in ("offset", "channels_last"):
+        options = {"shape": shape, "kind": kind}
+        check(torch.device("cpu"), **options)
+        own = gradients(torch.device("cpu"), **options)
+        check_gradients(own, reference(gradients, torch.device("cpu"), **options))
 
 
 @pytest.mark.parametrize("kind", ["contiguous", "channels_last"])

@@ -39,7 +39,8 @@ def test_every_case_passes_its_check(cases, dtype):
 
 def test_baselines_compute_the_same_thing(cases):
     """Where nothing is random, eager equals the op: the comparison is of like with like."""
-    compared = {"q_sample, noise given", "add_bias_temb", "group_norm_silu", "rms_norm_silu", "noise_mse, noise given"}
+    norms = {"group_norm_silu", "rms_norm_silu", "batch_norm_silu"}
+    compared = norms | {"q_sample, noise given", "add_bias_temb", "noise_mse, noise given"}
     for case in cases.CASES:
         if case.name in compared:
             inputs = cases.Inputs.make(2, torch.float32, torch.device("cpu"))

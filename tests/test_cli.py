@@ -1,7 +1,10 @@
 """The command line: exit codes, one-line errors, what reaches the demo."""
 
+import importlib
 import sys
 import types
+import warnings
+from pathlib import Path
 
 import pytest
 
@@ -79,6 +82,33 @@ def test_the_default_line_is_the_default_settings(monkeypatch):
     assert str(seen[0].out) == "demo"
 
 
+def lines(text):
+    """The command lines in a help text or on a page, without the comments behind two spaces or a #."""
+    found = [line.strip() for line in text.splitlines()]
+    found = [line[line.index("ddpm-fast) ") + 11 :] if "ddpm-fast) " in line else line for line in found]
+    found = [line.removeprefix("ddpm-fast ") for line in found if line.startswith(("ddpm-fast ", *cli.COMMANDS))]
+    return [line.split("  ")[0].split(" #")[0] for line in found if line.split()[0] in cli.COMMANDS]
+
+
+def examples():
+    found = lines(cli.EXAMPLES)
+    for name in cli.COMMANDS:
+        module = importlib.import_module(f"ddpm_fast.commands.{cli._module(name)}")
+        found += lines(getattr(module, "EXAMPLES", ""))
+    page = Path(__file__).parents[1] / "docs" / "command_line.md"
+    return sorted({*found, *(line for line in lines(page.read_text(encoding="utf-8")) if "|" not in line)})
+
+
+@pytest.mark.parametrize("line", examples())
+def test_printed_examples_are_lines_that_are_understood(line):
+    arguments = cli._parser(line.split()).parse_args(line.split())
+    assert callable(arguments.run)
+
+
+def test_every_command_has_examples():
+    assert {line.split()[0] for line in examples()} == cli.COMMANDS.keys()
+
+
 def test_info_is_python_m_ddpm_fast(monkeypatch):
     module = types.ModuleType("ddpm_fast.__main__")
     module.main = lambda: 0
@@ -86,6 +116,33 @@ def test_info_is_python_m_ddpm_fast(monkeypatch):
     assert cli.main(["info"]) == 0
     module.main = lambda: 3
     assert cli.main(["info"]) == 3
+
+
+def test_warnings_and_errors_of_a_command_are_lines(monkeypatch, capsys):
+    def run(arguments):
+        warnings.warn("one\n  two", stacklevel=1)
+        raise ValueError("three\nfour")
+
+    monkeypatch.setattr("ddpm_fast.commands.info.run", run)
+    shown = warnings.showwarning
+    assert cli.main(["info"]) == 2
+    assert capsys.readouterr().err == "ddpm-fast info: warning: one two\nddpm-fast info: error: three four\n"
+    monkeypatch.setenv("RANK", "1")
+    assert cli.main(["info"]) == 2
+    assert capsys.readouterr().err == "ddpm-fast info: error: three four [process 1]\n"
+    monkeypatch.setenv(cli.TRACEBACK_VARIABLE, "1")
+    with pytest.raises(ValueError, match="three"):
+        cli.main(["info"])
+    assert warnings.showwarning is shown
+
+
+def test_ctrl_c_is_one_line(monkeypatch, capfd):
+    def run(arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("ddpm_fast.commands.info.run", run)
+    assert cli.main(["info"]) == 130
+    assert capfd.readouterr().err == "ddpm-fast info: interrupted\n"
 
 
 def test_bench_runs_the_script_of_the_checkout(capfd):

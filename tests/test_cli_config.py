@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import inspect
 import math
+from pathlib import Path
 
 import pytest
 
@@ -99,6 +100,12 @@ def test_what_is_written_is_read_back(tmp_path):
     assert Config().replaced(file(tmp_path, values.write_toml(config.sections()))) == config
     assert Config().replaced(file(tmp_path, values.write_toml(Config().sections()))) == Config()
     assert values.toml_value(math.inf) == "inf"
+
+
+def test_the_configuration_of_the_page_is_one(tmp_path):
+    page = (Path(__file__).parents[1] / "docs" / "command_line.md").read_text(encoding="utf-8")
+    found = file(tmp_path, page.split("```toml")[1].split("```")[0])
+    assert found["model"] == {"kind": "unet", "options": {"width": 16, "time_dim": 64}}
 
 
 def test_flags_win_and_options_are_merged(tmp_path):

@@ -18,6 +18,8 @@ OPS = [
     "ddpm_step",
     "noise_mse",
     "add_bias_temb",
+    "batch_norm_silu",
+    "batch_norm_silu_backward",
     "group_norm_silu",
     "group_norm_silu_backward",
     "rms_norm_silu",
@@ -147,6 +149,14 @@ def test_ddpm_step_moves_packs(arch: str, plain: str, kernels: dict[str, dict[st
 
 # kernel: wide loads at least and wide stores; beside them are sums and coefficients of channels
 NORM_WIDTHS = {
+    # Read once for a value near the mean and once for the sums; then once for y.
+    "batch_norm_silu_sums_kernel<32, float, 4>": (2, 0, 128),
+    "batch_norm_silu_sums_across_kernel<__nv_bfloat16, 8>": (2, 0, 128),
+    **{f"batch_norm_silu{across}_kernel<__nv_bfloat16, 8>": (1, 1, 128) for across in ("", "_across")},
+    "batch_norm_silu_backward_sums_kernel<4, __half, 8>": (2, 0, 128),
+    "batch_norm_silu_backward_kernel<__nv_bfloat16, 8>": (2, 1, 128),
+    "batch_norm_silu_backward_sums_across_kernel<float, 4>": (2, 0, 128),
+    "batch_norm_silu_backward_across_kernel<__nv_bfloat16, 4>": (2, 1, 64),
     **{f"group_norm_silu_kernel<{t}>": (3, 1, 128) for t in ("float, 4", "__nv_bfloat16, 8", "__half, 8")},
     **{f"group_norm_silu_backward_kernel<{k}, float, 4>": (4, 1, 128) for k in (32, 256)},
     "group_norm_silu_backward_kernel<32, __nv_bfloat16, 8>": (4, 1, 128),

@@ -19,6 +19,8 @@ from ddpm_fast.metrics import bits_per_dim
 from ddpm_fast.training import TensorData, Trainer
 from ddpm_fast.training.checkpoints import load_network
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SCHEDULE = Schedule.linear(8, 0.02, 0.6)
 
 

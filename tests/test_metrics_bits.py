@@ -13,6 +13,8 @@ from ddpm_fast.metrics import bits_per_dim
 from ddpm_fast.metrics._bound import decoder_nats
 from ddpm_fast.metrics.bits import _strata, passes_for
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SHAPE = (2, 3, 3)
 SCHEDULE = Schedule.linear(6, 0.01, 0.3)
 

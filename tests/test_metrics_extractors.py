@@ -16,6 +16,8 @@ from ddpm_fast.metrics.features import choose, find_inception_weights, pixels
 from ddpm_fast.metrics.small_classifier import Classifier, trained_classifier
 from ddpm_fast.training.data import TensorData
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 def shapes(n=512, seed=0, labels=True, size=(12, 12)):
     """Bars, upright or lying, with noise: two classes that a classifier learns at once."""

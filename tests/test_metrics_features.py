@@ -8,6 +8,8 @@ import torch
 
 from ddpm_fast.metrics import kernel_distance, kid, precision_recall
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 def rows(n, d=5, seed=0, shift=0.0):
     return np.random.default_rng(seed).normal(size=(n, d)) + shift

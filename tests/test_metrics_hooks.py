@@ -12,6 +12,8 @@ from ddpm_fast.metrics.features import pixels
 from ddpm_fast.metrics.hooks import Evaluate
 from ddpm_fast.training import TensorData, Trainer
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SCHEDULE = Schedule.linear(8, 0.02, 0.6)
 
 

@@ -7,6 +7,7 @@ import pickle
 from pathlib import Path
 from typing import Any
 
+import processes_batchnorm
 import processes_child
 import pytest
 import torch
@@ -20,9 +21,7 @@ KINDS = (torch.float64, torch.float32, torch.bfloat16)
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder: Path = tmp_path_factory.mktemp("pair")
-    processes_child.run_pair(folder, "batchnorm", "batchnorm_calls")
-    return folder
+    return processes_child.together(tmp_path_factory)
 
 
 @pytest.fixture(scope="module")
@@ -51,24 +50,24 @@ def distance(got: dict[str, Tensor], exact: dict[str, Tensor]) -> dict[str, floa
     return {name: float((got[name].double() - exact[name]).abs().max()) / scale[name] for name in exact}
 
 
-@pytest.mark.parametrize("case", processes_child.BATCHNORMS)
+@pytest.mark.parametrize("case", processes_batchnorm.BATCHNORMS)
 def test_two_processes_are_one(both: dict[str, Any], case: str) -> None:
-    one = processes_child.batchnorm_case(World(), case, torch.float64)
+    one = processes_batchnorm.batchnorm_case(World(), case, torch.float64)
     assert all(far < 1e-12 for far in distance(both[f"{case}, {torch.float64}"], one).values())
 
 
 @pytest.mark.parametrize("dtype", KINDS[1:], ids=str)
-@pytest.mark.parametrize("case", processes_child.BATCHNORMS)
+@pytest.mark.parametrize("case", processes_batchnorm.BATCHNORMS)
 def test_no_further_from_float64_than_one_process(both: dict[str, Any], case: str, dtype: torch.dtype) -> None:
     """In float64 the inputs are what they are rounded to in the dtype, so that only the layer's own error is seen.
 
     Two processes round their own means before they are merged: half a unit of the mean (1/8: it is spread over
     deviations of 2 and more, and distances are relative to outputs of 2 and more) is luck, either way.
     """
-    exact = processes_child.batchnorm_case(World(), case, dtype, exact=True)
+    exact = processes_batchnorm.batchnorm_case(World(), case, dtype, exact=True)
     ours = distance(both[f"{case}, {dtype}"], exact)
-    torchs = distance(processes_child.batchnorm_case(World(), case, dtype), exact)
-    unit = torch.finfo(dtype).eps * max(1, processes_child.BATCHNORMS[case][2] / 8)
+    torchs = distance(processes_batchnorm.batchnorm_case(World(), case, dtype), exact)
+    unit = torch.finfo(dtype).eps * max(1, processes_batchnorm.BATCHNORMS[case][2] / 8)
     for name, far in ours.items():
         assert far <= 1.5 * torchs[name] + unit, f"{name}: {far:.2e} from float64, in one process {torchs[name]:.2e}"
 

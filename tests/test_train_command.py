@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import signal
 
 import numpy as np
@@ -95,7 +96,10 @@ def test_a_run_and_what_is_in_its_folder(data, tmp_path, capsys):
     assert "64, 4 steps of 16" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("number", "code", "word"), [(signal.SIGTERM, 143, "SIGTERM"), (signal.SIGINT, 130, "Ctrl-C")])
+@pytest.mark.parametrize(
+    ("number", "code", "word"),
+    [(signal.SIGTERM, 143, "SIGTERM"), (signal.SIGINT, 130, "Ctrl-C"), (signal.SIGHUP, 129, "SIGHUP")],
+)
 def test_a_stopped_run_goes_on_with_its_own_settings(train, tmp_path, monkeypatch, number, code, word):
     assert train("--log-every 16")[0] == 0
     whole, rows = newest(tmp_path / "run"), (tmp_path / "run" / "log.csv").read_text().splitlines()
@@ -113,6 +117,24 @@ def test_a_stopped_run_goes_on_with_its_own_settings(train, tmp_path, monkeypatc
     assert same(newest(tmp_path / "run"), whole)
     columns = [row.rsplit(",", 1)[0] for row in rows]  # all but the speed
     assert [row.rsplit(",", 1)[0] for row in (tmp_path / "run" / "log.csv").read_text().splitlines()] == columns
+
+
+class Gone(io.StringIO):
+    """Standard output of which somebody has read enough."""
+
+    def write(self, text):
+        if "done" in text or "%" in text or self.tell() > 100:
+            raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+        return super().write(text)
+
+
+@pytest.mark.parametrize("stream", [Gone, lambda: None], ids=["broken", "closed"])
+def test_a_run_goes_on_when_nobody_listens(train, tmp_path, monkeypatch, stream):
+    with monkeypatch.context() as patch:
+        patch.setattr("sys.stdout", stream())
+        code = train()[0]
+    assert code == 0
+    assert newest(tmp_path / "run").images_seen == 96
 
 
 def test_minutes_stop_a_run_that_goes_on_later(train, tmp_path):

@@ -157,6 +157,23 @@ def test_the_plot_is_a_picture_with_the_losses(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["loss.png"]
 
 
+def test_the_plot_is_drawn_every_minute_and_only_where_there_is_something_new(tmp_path, monkeypatch):
+    drawn, clock = [], Clock()
+    monkeypatch.setattr(log, "draw_loss", lambda path, rows, title: drawn.append(len(rows)))
+    monkeypatch.setattr(log.time, "monotonic", clock)
+    kept = log.Log(tmp_path / "log.csv", every=10)
+    plot = log.Plot(tmp_path / "loss.png", kept, "")
+    kept.on_start(at(0))
+    for step in range(1, 151):
+        clock.now += 1.0
+        kept.on_step(None, report(step))
+        plot.on_step(None, report(step))
+    plot.on_save(None, tmp_path)
+    plot.on_save(None, tmp_path)
+    plot.on_end(None)
+    assert drawn == [60, 120, 150]
+
+
 def test_running_mean():
     assert log.running_mean([1.0, 3.0, 8.0, 7.0, 9.0], 3) == [1.0, 4.0, 6.0, 8.0, 8.0]
     assert log.running_mean([4.0], 2) == [4.0]

@@ -368,3 +368,14 @@ def test_compiled_training_follows_the_same_path(monkeypatch):
     for _ in range(3):
         assert compiled.step() == pytest.approx(plain.step(), rel=1e-4)
     assert compiled.state()[0].keys() == plain.state()[0].keys()
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.no_poison
+def test_a_model_that_is_compiled_already_has_the_networks_own_keys():
+    model = MLP()
+    trainer = Trainer(torch.compile(model, backend="eager"), SCHEDULE, points(), images=64, batch_size=32)
+    plain = mlp_trainer(images=64)
+    assert trainer.step() == pytest.approx(plain.step(), rel=1e-4)
+    assert trainer.model is model
+    assert trainer.state()[0].keys() == plain.state()[0].keys()

@@ -36,6 +36,10 @@ BUDGET = {
     "add_bias_temb_silu": 82,  # 77, 78
     "add_bias_temb_backward_none": 26,  # 22, 22
     "add_bias_temb_backward_silu": 130,  # 120, 122: two divisions
+    "batch_norm_silu_sums": 48,  # 43, 43
+    "batch_norm_silu": 97,  # 85, 88
+    "batch_norm_silu_backward_sums": 117,  # 106, 106
+    "batch_norm_silu_backward": 105,  # 95, 94
     "group_norm_silu": 185,  # 167, 176: three passes, unrolled
     "group_norm_silu_backward": 215,  # 201, 204: two passes
     "rms_norm_silu": 109,  # 87, 99
@@ -78,6 +82,10 @@ def test_every_kernel_dtype_and_architecture_compiles(kernels):
     assert names == {
         "_add_bias_temb_backward_kernel",
         "_add_bias_temb_kernel",
+        "_batch_norm_silu_backward_kernel",
+        "_batch_norm_silu_backward_sums_kernel",
+        "_batch_norm_silu_kernel",
+        "_batch_norm_silu_sums_kernel",
         "_ddpm_step_kernel",
         "_group_norm_silu_backward_kernel",
         "_group_norm_silu_kernel",

@@ -9,6 +9,25 @@ from torch import Tensor
 
 from ddpm_fast.backends.layout import Layout, Staged
 
+PLACES_OF_PART, ELEMENTS_OF_PART, CHANNELS_OF_BLOCK, MAX_PARTS = 4096, 8192, 256, 8192
+"""CUDA: sums are taken in parts of a sample: of so many places, or in channels_last of about so many elements of so
+many channels; of more where the batch would have too many parts. It depends on the shape alone, and so do the sums."""
+
+
+def _parts(layout: Layout) -> int:
+    places = PLACES_OF_PART
+    if layout.channels_last:
+        places = max(1, ELEMENTS_OF_PART // min(layout.channels, CHANNELS_OF_BLOCK))
+    return min(-(-layout.inner // places), max(1, MAX_PARTS // layout.n))
+
+
+def _workspace(where: tuple[int, int], layout: Layout, h: Tensor) -> tuple[int, Tensor | None]:
+    """parts and the memory for their sums, which the CPU does without"""
+    if where[0] < 0:
+        return 1, None
+    parts = _parts(layout)
+    return parts, h.new_empty(layout.channels * (3 * layout.n * parts + 2), dtype=torch.float32)
+
 
 def _arguments(
     where: tuple[int, int],
@@ -21,6 +40,8 @@ def _arguments(
     of_batch: bool,
     eps: float,
     act: str,
+    parts: int,
+    workspace: Tensor | None,
 ) -> tuple[Any, ...]:
     """What forward and backward pass to the extension alike. All tensors must live until the call."""
     from ddpm_fast.backends import native  # not above, because native imports this module
@@ -40,6 +61,8 @@ def _arguments(
         of_batch,
         eps,
         act == "silu",
+        parts,
+        address(workspace),
     )
 
 
@@ -68,11 +91,12 @@ def batch_norm_silu(
     y = torch.empty_like(h)
     if h.numel() == 0:
         return y, mean, var
-    layout = Layout.of(h)
+    layout, where = Layout.of(h), native._target(h)
+    work = _workspace(where, layout, h)
     x, out = layout.dense(h), Staged(y, layout)
     temb, weight, bias = (native._flat(value) for value in (temb, weight, bias))
     native._C.batch_norm_silu(
-        *_arguments(native._target(h), layout, x, weight, bias, mean, var, of_batch, eps, act),
+        *_arguments(where, layout, x, weight, bias, mean, var, of_batch, eps, act, *work),
         native._address(temb),
         native._dtype(temb),
         out.data.data_ptr(),
@@ -101,11 +125,12 @@ def batch_norm_silu_backward(
     g_temb = h.new_zeros(h.shape[:2], dtype=torch.float32) if need_temb else nothing
     g_h = torch.empty_like(h) if need_h else nothing.clone()
     if h.numel() > 0:
-        layout = Layout.of(h)
+        layout, where = Layout.of(h), native._target(h)
+        work = _workspace(where, layout, h)
         x, g_y, out = layout.dense(h), layout.dense(g), Staged(g_h, layout) if need_h else None
         weight, bias = native._flat(weight), native._flat(bias)
         native._C.batch_norm_silu_backward(
-            *_arguments(native._target(h), layout, x, weight, bias, mean, var, of_batch, eps, act),
+            *_arguments(where, layout, x, weight, bias, mean, var, of_batch, eps, act, *work),
             g_y.data_ptr(),
             native._dtype(g_y),
             out.data.data_ptr() if out is not None else 0,

@@ -146,8 +146,8 @@ class Output:
     """Where results go."""
 
     out: str | None = _option(None, "folder of the run; one that holds a run is gone on with", may_change=True)
-    save_every: int | str | None = _option(
-        AUTO, "images between two checkpoints; auto: a twentieth of all", choices=(AUTO,), least=1, may_change=True
+    save_every: int | None = _option(
+        None, "images between two checkpoints; none: every ten minutes", least=1, may_change=True
     )
     keep: int = _option(3, "checkpoints that stay", least=1, may_change=True)
     log_every: int | str = _option(

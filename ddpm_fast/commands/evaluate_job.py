@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import time
 from collections.abc import Iterator
@@ -16,9 +15,9 @@ import torch
 from torch import Tensor
 
 from .. import __version__
-from ..metrics.bits import Bits, bits_per_dim
+from ..metrics.bits import Bits, bits_per_dim, passes_for
 from ..metrics.drawing import drawn, seconds_per_step, timed
-from ..metrics.evaluation import Evaluation, Figures, Part, real_parts
+from ..metrics.evaluation import Evaluation, Part, real_parts
 from ..metrics.features import choose
 from ..sampling.shards import Place
 from ..training.data import Data, open_data
@@ -26,19 +25,12 @@ from ..training.processes import LostContact, World, share
 from . import given
 from .config import Config
 from .errors import CommandError
+from .evaluate_report import Result
 from .sample_choices import classes_of, device_of, share_the_cores
 from .sample_progress import Bar
 from .sample_source import Source, described_choices, open_source
 from .sample_store import IMAGES, MANIFEST, replacing
 
-SHOWN = {
-    "frechet": ("Frechet distance", "{:.4g}", 1),
-    "kid": ("KID x 1000", "{:.3f}", 1000),
-    "precision": ("precision", "{:.3f}", 1),
-    "recall": ("recall", "{:.3f}", 1),
-    "density": ("density", "{:.3f}", 1),
-    "coverage": ("coverage", "{:.3f}", 1),
-}
 _FEW_STEPS, _LONG = 50, 600.0  # seconds after which a shorter way is worth a line
 
 
@@ -90,21 +82,43 @@ class Job:
         self._say_cost(evaluation, step)
         if self.arguments.dry_run:
             return
-        figures: Figures = {}
-        floor: Figures = {}
+        result = Result(self.num, evaluation)
         if evaluation is not None:
             try:
-                figures = evaluation.of(self._batches())
+                result.figures = evaluation.of(self._batches())
             except LostContact:
                 raise
             except RuntimeError as error:  # a sample that is not finite
                 raise CommandError(str(error), code=1) from error
             self.say("measuring real images against real images")
-            floor = evaluation.floor_figures()
-        bits = self._bits() if self.bits else None
+            result.floor = evaluation.floor_figures()
+        result.bits = self._bits() if self.bits else None
         if self.world.is_main:
-            self._print(evaluation, figures, floor, bits)
-            self._write(evaluation, figures, floor, bits, time.perf_counter() - began)
+            print(result.table(self.arguments.split), flush=True)
+            if self.arguments.out is not None:
+                self._write(result, time.perf_counter() - began)
+
+    def _write(self, result: Result, seconds: float) -> None:
+        arguments = self.arguments
+        report: dict[str, Any] = {
+            "format": "ddpm_fast.eval",
+            "version": 1,
+            "ddpm_fast": __version__,
+            "source": os.fspath(arguments.source),
+            "data": {"name": self.train.name, "shape": list(self.train.shape)},
+            "seed": arguments.seed,
+            "seconds": round(seconds, 3),
+        }
+        if self.source is not None:
+            report["model"] = self.source.identity
+            report["sampling"] = described_choices(self.source.sampler) | {
+                "guidance": arguments.guidance,
+                "labels": None if self.classes is None else list(self.classes),
+            }
+        report |= result.as_json(arguments.split)
+        with replacing(arguments.out) as file:
+            file.write((json.dumps(report, indent=2) + "\n").encode())
+        self.say(f"wrote {arguments.out}")
 
     def say(self, text: str) -> None:
         """A line on stdout, of the first process, unless --quiet."""
@@ -194,7 +208,6 @@ class Job:
                 raise CommandError(f"bits of a class-conditional network need labels, {data.name} has none")
             labels = data.labels[index]
         parts = torch.zeros(3, len(chosen), dtype=torch.float64)
-        passes, exact = 0, False
         if len(index):
             found = bits_per_dim(
                 sampler,
@@ -206,10 +219,10 @@ class Job:
                 batch_size=arguments.batch_size,
             )
             parts[:, first:last] = torch.from_numpy(np.stack([found.prior, found.steps, found.decoder]))
-            passes, exact = found.passes, found.exact
         self.world.sum(parts)
         prior, steps, decoder = parts.numpy()
-        return Bits(prior, steps, decoder, passes, exact)
+        passes = passes_for(sampler, self._bits_steps())
+        return Bits(prior, steps, decoder, passes, passes == len(sampler))
 
     def _bits_steps(self) -> int | None:
         return None if self.arguments.bits_steps == "all" else int(self.arguments.bits_steps)
@@ -274,70 +287,6 @@ class Job:
         if steps > _FEW_STEPS and total > _LONG:
             seconds = per_image * len(self.share) * _FEW_STEPS
             self.say(f"--method ddim --steps {_FEW_STEPS} would draw in about {_duration(seconds)}")
-
-    def _print(self, evaluation: Evaluation | None, figures: Figures, floor: Figures, bits: Bits | None) -> None:
-        if evaluation is not None:
-            columns = (f"{self.num:,} samples", f"{len(evaluation.floor):,} real images")
-            print(f"\n{'':24}{columns[0]:>22}{columns[1]:>22}")
-            for name, (label, form, scale) in SHOWN.items():
-                if name in figures:
-                    ours, theirs = (form.format(scale * x[name]) for x in (figures, floor))
-                    if f"{name}_std" in figures:
-                        ours += f" +- {1000 * figures['kid_std']:.3f}"
-                    print(f"{label:24}{ours:>22}{theirs:>22}")
-            print(f"against {evaluation.reference.name} ({len(evaluation.reference):,} images);", end=" ")
-            print(f"the real images are of {evaluation.floor.name}")
-            note = f", {evaluation.extractor.note}" if evaluation.extractor.note else ""
-            print(f"features: {evaluation.extractor.name}{note}")
-        if bits is not None:
-            how = "all timesteps" if bits.exact else f"{bits.passes - 1} timesteps an image, drawn by strata"
-            error = f" +- {bits.standard_error:.4f}" if not math.isnan(bits.standard_error) else ""
-            print(f"\nbits per dimension, at most {bits.mean:.4f}{error}")
-            means = (f"{name} {getattr(bits, name).mean():.4f}" for name in ("prior", "steps", "decoder"))
-            print(f"of {len(bits.prior):,} {self.arguments.split} images, {how}: {', '.join(means)}")
-
-    def _write(
-        self, evaluation: Evaluation | None, figures: Figures, floor: Figures, bits: Bits | None, seconds: float
-    ) -> None:
-        if self.arguments.out is None:
-            return
-        report: dict[str, Any] = {
-            "format": "ddpm_fast.eval",
-            "version": 1,
-            "ddpm_fast": __version__,
-            "source": os.fspath(self.arguments.source),
-            "data": {"name": self.train.name, "shape": list(self.train.shape)},
-            "seed": self.arguments.seed,
-            "seconds": round(seconds, 3),
-        }
-        if self.source is not None:
-            report["model"] = self.source.identity
-            report["sampling"] = described_choices(self.source.sampler) | {
-                "guidance": self.arguments.guidance,
-                "labels": None if self.classes is None else list(self.classes),
-            }
-        if evaluation is not None:
-            report |= {
-                "num": self.num,
-                "against": {"name": evaluation.reference.name, "images": len(evaluation.reference)},
-                "real": {"name": evaluation.floor.name, "images": len(evaluation.floor)},
-                "features": {"name": evaluation.extractor.name, "note": evaluation.extractor.note},
-                "figures": {name: {"samples": figures[name], "real": floor[name]} for name in figures},
-            }
-        if bits is not None:
-            error = bits.standard_error
-            report["bits"] = {
-                "bits_per_dim": bits.mean,
-                "standard_error": None if math.isnan(error) else error,
-                "images": len(bits.prior),
-                "split": self.arguments.split,
-                "passes": bits.passes,
-                "exact": bits.exact,
-                **{name: float(getattr(bits, name).mean()) for name in ("prior", "steps", "decoder")},
-            }
-        with replacing(self.arguments.out) as file:
-            file.write((json.dumps(report, indent=2) + "\n").encode())
-        self.say(f"wrote {self.arguments.out}")
 
 
 def _samples(path: Path) -> Data | None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import csv
 import itertools
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 COLUMNS = ("images_seen", "step", "loss", "lr", "grad_norm", "images_per_second")
 Row = tuple[int, int, float, float, float, float]
+_REDRAW = 60.0  # seconds between two plots
 _SMOOTHED = 40  # points that the smooth curve of the plot is averaged over, at most
 
 
@@ -95,11 +97,15 @@ def read(path: Path) -> list[Row]:
 
 
 class Plot:
-    """A callback that draws the rows of a `Log` as loss.png, with every checkpoint and at the end."""
+    """A callback that draws the rows of a `Log` as loss.png: every minute, with every checkpoint and at the end."""
 
     def __init__(self, path: Path, log: Log, title: str) -> None:
         self.path, self.log, self.title = path, log, title
-        self._drawn = 0
+        self._drawn, self._when = 0, time.monotonic()
+
+    def on_step(self, trainer: Any, report: Any) -> None:
+        if time.monotonic() - self._when >= _REDRAW:
+            self._draw()
 
     def on_save(self, trainer: Any, path: Path) -> None:
         self._draw()
@@ -111,6 +117,7 @@ class Plot:
         if self.log.rows and self.log.rows[-1][0] != self._drawn:
             draw_loss(self.path, self.log.rows, self.title)
             self._drawn = self.log.rows[-1][0]
+        self._when = time.monotonic()
 
 
 def draw_loss(path: Path, rows: list[Row], title: str) -> None:

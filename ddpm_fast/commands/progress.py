@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import collections
+import contextlib
+import os
 import shutil
 import sys
 import time
@@ -14,6 +16,34 @@ _PRINT = 30.0  # seconds between two lines elsewhere
 _HORIZON = 50  # steps over which the shown loss is averaged
 _WINDOW = 50  # steps over which the speed is
 _CLEAR = "\r\x1b[K"
+
+
+class Voice:
+    """Standard output, which may not be there or go away (`| head`, a lost terminal, a full disk). Training is worth
+    more than what it says: it goes on in silence.
+    """
+
+    def __init__(self, stream: TextIO | None) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> None:
+        self._try(lambda stream: stream.write(text))
+
+    def flush(self) -> None:
+        self._try(lambda stream: stream.flush())
+
+    def isatty(self) -> bool:
+        return self._stream is not None and self._stream.isatty()
+
+    def _try(self, action: Callable[[TextIO], object]) -> None:
+        if self._stream is None:
+            return
+        try:
+            action(self._stream)
+        except OSError:
+            with contextlib.suppress(OSError):  # what is in its buffer would be tried again when Python ends
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+            self._stream = None
 
 
 class Progress:
@@ -30,19 +60,20 @@ class Progress:
         images: int,
         *,
         quiet: bool = False,
-        stream: TextIO | None = None,
+        stream: TextIO | Voice | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.images, self.quiet = images, quiet
         self.deadline: float | None = None
         """The clock's time at which training will be stopped."""
-        self._stream = sys.stdout if stream is None else stream
+        self._stream = Voice(sys.stdout) if stream is None else stream
         self._clock = clock
         self._live = self._stream.isatty()
         self._shown, self._last = False, clock()
         self._loss = self._weight = 0.0
         self._recent: collections.deque[tuple[int, float]] = collections.deque(maxlen=_WINDOW)
         self._seen: int | None = None
+        self._drawn: int | None = None  # what was seen when the line was written last
 
     def on_start(self, trainer: Any) -> None:
         self._seen = trainer.images_seen
@@ -61,7 +92,8 @@ class Progress:
     def on_end(self, trainer: Any) -> None:
         """Leaves the last state of the line standing."""
         if self._weight and not self.quiet:
-            self._draw(self.line(self._clock()))
+            if self._seen != self._drawn:
+                self._draw(self.line(self._clock()))
             if self._live:
                 self._stream.write("\n")
                 self._stream.flush()
@@ -71,7 +103,7 @@ class Progress:
         """A line of its own, above the live one."""
         if self._shown:
             self._stream.write(_CLEAR)
-            self._shown = False
+            self._shown, self._drawn = False, None
         print(text, file=self._stream, flush=True)
 
     @property
@@ -94,6 +126,7 @@ class Progress:
         return " | ".join(parts)
 
     def _draw(self, line: str) -> None:
+        self._drawn = self._seen
         if self._live:
             width = shutil.get_terminal_size().columns - 1
             self._stream.write(_CLEAR + line[:width])

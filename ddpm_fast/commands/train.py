@@ -22,8 +22,8 @@ EXAMPLES = """examples:
                                                                  in two processes, with the same result
 
 What is chosen is printed, and kept in RUN/config.toml, which --config takes. Checkpoints, log.csv, loss.png and grids
-of samples are there too. Exit code 0: done; 1: the loss is no longer finite; 2: bad input or unusable state; 130, 143:
-stopped by Ctrl-C, SIGTERM, after saving.
+of samples are there too. Exit code 0: done; 1: the loss is no longer finite; 2: bad input or unusable state; 130, 143,
+129: stopped by Ctrl-C, SIGTERM, a lost terminal, after saving.
 """
 CONFIG = "config.toml"
 
@@ -61,7 +61,7 @@ def configuration(arguments: argparse.Namespace) -> Config:
     if arguments.config is not None:
         asked = given.merged(given.from_file(arguments.config), asked)
     out = asked.get("output", {}).get("out")
-    if out is None:
+    if not out:
         raise CommandError("--out is missing: the folder of the run, new or with a run to go on with")
     saved, config = Path(out) / CONFIG, Config()
     if saved.exists():

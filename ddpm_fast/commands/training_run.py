@@ -5,10 +5,12 @@ from __future__ import annotations
 import errno
 import functools
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import torch
@@ -25,12 +27,12 @@ from .errors import CommandError, one_line
 from .grids import Grids, drawable
 from .log import Log, Plot, TensorBoard
 from .networks import build_network, build_schedule
-from .progress import Progress, duration
+from .progress import Progress, Voice, duration
 from .training_setup import check_writable, opened, with_labels, world
 
 CONFIG, LOG, PLOT, SAMPLES, TENSORBOARD = "config.toml", "log.csv", "loss.png", "samples", "tensorboard"
 METRICS = "metrics.csv"
-DIVERGED, INTERRUPTED, TERMINATED = 1, 128 + signal.SIGINT, 128 + signal.SIGTERM
+DIVERGED, INTERRUPTED = 1, 128 + signal.SIGINT
 
 
 class TrainingRun:
@@ -42,6 +44,7 @@ class TrainingRun:
     def __init__(self, config: Config, *, seconds: float | None, quiet: bool) -> None:
         self.world = world(config.training.device)
         self.seconds, self.quiet = seconds, quiet or not self.world.is_main
+        self.voice = Voice(sys.stdout)
         self.out = Path(str(config.output.out))
         if self.world.is_main:
             check_writable(self.out)
@@ -59,9 +62,8 @@ class TrainingRun:
         """Of the `Trainer`."""
         chosen = vars(self.config.training).copy()
         chosen |= {"device": self.world.device, "flip": self.config.data.flip, "workers": self.config.data.workers}
-        chosen |= {"out": self.out, "keep": self.config.output.keep}
-        chosen["save_every"] = self._every(self.config.output.save_every, 20)
-        return chosen
+        output = self.config.output
+        return chosen | {"out": self.out, "keep": output.keep, "save_every": output.save_every}
 
     def _every(self, images: int | str | None, parts: int) -> int | None:
         """An interval in images; auto is one of so many parts of the run."""
@@ -80,7 +82,7 @@ class TrainingRun:
             self._say(f"nothing to do: this run has seen {trainer.images_seen:,} images; --images N goes on to N")
             return 0
         began = time.perf_counter()
-        progress = Progress(images, quiet=self.quiet)
+        progress = Progress(images, quiet=self.quiet, stream=self.voice)
         stop = _Stop(self.seconds, progress)
         grids = self._callbacks(progress, stop) if self.world.is_main else None
         try:
@@ -94,7 +96,7 @@ class TrainingRun:
         in_time = self.world.any(stop.fired)
         if trainer.stopped is not None and not in_time:
             self._say(f"stopped by {trainer.stopped}: {self._where_it_is()}")
-            return TERMINATED
+            return 128 + signal.Signals[trainer.stopped]
         self._end(time.perf_counter() - began, in_time)
         return 0
 
@@ -171,10 +173,11 @@ class TrainingRun:
         self._say(f"  losses        {self.out / LOG}" + (f", {self.out / PLOT}" if self.config.output.plot else ""))
         if (self.out / SAMPLES).is_dir():
             self._say(f"  samples       {self.out / SAMPLES}")
-        self._say(f"  draw more     ddpm-fast sample {self.out} --num 64 --out {self.out / 'drawn'}")
+        drawn = self.out / "drawn"
+        self._say(f"  draw more     ddpm-fast sample {quote(str(self.out))} --num 64 --out {quote(str(drawn))}")
 
     def _where_it_is(self) -> str:
-        return f"saved after {self.trainer.images_seen:,} images; ddpm-fast train --out {self.out} goes on"
+        return f"saved after {self.trainer.images_seen:,} images; ddpm-fast train --out {quote(str(self.out))} goes on"
 
     def _last_checkpoint(self) -> str:
         with_it = newest_first(self.out / FOLDER) if (self.out / FOLDER).is_dir() else []
@@ -184,7 +187,7 @@ class TrainingRun:
 
     def _say(self, text: str) -> None:
         if not self.quiet:
-            print(text, flush=True)
+            print(text, file=self.voice, flush=True)
 
     @contextmanager
     def _explained(self) -> Iterator[None]:

@@ -125,8 +125,8 @@ def bits_per_dim(
 def _strata(steps: int, wanted: int | None) -> list[tuple[int, int]]:
     """(first, width) of contiguous strata of the terms 1..steps, counted from the data, ever wider.
 
-    Most of the sum is of the first few terms, which differ most from each other. Edges at (k / K)^4 leave the estimate a
-    tenth to a third of the deviation that (k / K)^2 does and a thirtieth of equal strata's (Gaussian data, T = 1000,
+    Most of the sum is of the first few terms, which differ most from each other. With edges at (k / K)^4 the estimate
+    deviates a third as much as with (k / K)^2 and a thirtieth as much as with equal strata (Gaussian data, T = 1000,
     K = 20, linear and cosine); higher powers gain nothing.
     """
     count = steps if wanted is None else min(wanted, steps)

@@ -65,10 +65,20 @@ def write(
     written (disk full, not allowed): what was there before stays, and no temporary. TypeError for values that neither
     JSON nor the format can hold.
     """
+    tensor_file.write_tensors(Path(path), tensors, _metadata(state, config))
+
+
+def check(tensors: Mapping[str, Tensor], state: Mapping[str, Any], config: Mapping[str, Any]) -> None:
+    """TypeError for what `write` could not hold."""
+    _metadata(state, config)
+    for name, tensor in tensors.items():
+        tensor_file.check(name, tensor)
+
+
+def _metadata(state: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, str]:
     if type(state.get("images_seen")) is not int:
         raise TypeError(f'state must have "images_seen", an int, got {state.get("images_seen")!r}')
-    metadata = {"format": FORMAT, "version": str(VERSION), "state": json.dumps(state), "config": json.dumps(config)}
-    tensor_file.write_tensors(Path(path), tensors, metadata)
+    return {"format": FORMAT, "version": str(VERSION), "state": json.dumps(state), "config": json.dumps(config)}
 
 
 def read(

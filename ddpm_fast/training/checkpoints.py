@@ -16,6 +16,7 @@ from ..schedule import Schedule
 from .checkpoint_file import (
     Checkpoint,
     NewerFormat,
+    check,
     file_name,
     latest,
     newest_first,
@@ -33,6 +34,7 @@ __all__ = [
     "Checkpoint",
     "Loaded",
     "NewerFormat",
+    "check",
     "check_fits",
     "file_name",
     "find",
@@ -118,7 +120,7 @@ def load_network(
     header = read_header(path)
     part = "ema." if ema and any(key.startswith("ema.") for key in header.keys) else "model."
     found = read(path, wanted=lambda name: name.startswith((part, "schedule.")))
-    network = model if model is not None else _build(path, header.config)
+    network = _build(path, header.config) if model is None else getattr(model, "_orig_mod", model)  # torch.compile's
     weights = found.part(part[:-1])
     check_fits(weights, network.state_dict(), path)
     network.load_state_dict(weights)

@@ -109,7 +109,7 @@ class EMA(nn.Module):
                     seen.add(id(tensor))
                     if self.buffers_are_copied and own is theirs._buffers:
                         copied.append((owned, own, name))
-                    elif tensor.is_floating_point():
+                    elif tensor.is_floating_point() or tensor.is_complex():
                         averaged.append((owned, own, name))
         return averaged, copied
 

@@ -11,7 +11,9 @@ import atexit
 import contextlib
 import datetime
 import os
+import time
 import warnings
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -27,7 +29,7 @@ ACROSS = ("MASTER_ADDR", "MASTER_PORT")
 
 
 class LostContact(RuntimeError):
-    """Another process ended, or closed its connections, while this one waited for it."""
+    """Another process ended while this one waited for it."""
 
 
 def share(total: int, rank: int, size: int) -> tuple[int, int]:
@@ -97,6 +99,7 @@ class World:
         if self.size > 1:
             with self.contact(), _reachable(tensor.detach(), self._host(tensor), write=True) as buffer:
                 _distributed().all_reduce(buffer)
+                _recent.append(buffer)
         return tensor
 
     def mean(self, tensor: Tensor) -> Tensor:
@@ -121,6 +124,7 @@ class World:
         for tensor in tensors:
             with self.contact(), _reachable(tensor.detach(), self._host(tensor), write=not self.is_main) as buffer:
                 _distributed().broadcast(buffer, 0)
+                _recent.append(buffer)
 
     def from_main(self, value: T) -> T:
         """Rank 0's `value`, anything that pickles; what the others pass is not looked at."""
@@ -145,22 +149,10 @@ class World:
                 f"process {self.rank} of {self.size} cannot go on: another one has stopped; its own message says why"
             ) from error
 
-    @contextlib.contextmanager
-    def together(self) -> Iterator[None]:
-        """An error inside ends all processes: this one leaves the group, and what the others wait for raises
-        `LostContact`. FloatingPointError is left to the caller: all of them have come to it.
-        """
-        try:
-            with self.contact():
-                yield
-        except FloatingPointError:
-            raise
-        except BaseException:
-            self.close()
-            raise
-
     def close(self) -> None:
-        """Leaves the process group, if `from_environment` made it: whoever waits for this process gets an error."""
+        """Leaves the process group, if `from_environment` made it. Every process has to, at the same point; the end of
+        the interpreter does it otherwise.
+        """
         if self.size > 1:
             _leave()
 
@@ -246,12 +238,27 @@ _owned: list[Any] = []  # the process group that is ours to leave
 _stores: list[Any] = []  # where processes find each other, and a part of it for each group: none meets stale entries
 
 
+_recent: deque[Tensor] = deque(maxlen=2)  # what was sent last; gloo has two threads
+
+
 def _leave() -> None:
     atexit.unregister(_leave)
     distributed = _distributed()
     if distributed.is_initialized() and distributed.group.WORLD in _owned:
+        _settle()
         distributed.destroy_process_group()
     _owned.clear()
+
+
+def _settle() -> None:
+    """gloo's threads let go of a tensor a little after it has arrived, and need the interpreter's lock for it. Who
+    leaves the group waits for the threads and holds that lock: for ever, unless they have done so before.
+    """
+    until = time.monotonic() + 1
+    while any(tensor._use_count() > 1 for tensor in _recent) and time.monotonic() < until:  # type: ignore[attr-defined]
+        time.sleep(0.001)
+    time.sleep(0.01)
+    _recent.clear()
 
 
 @contextlib.contextmanager

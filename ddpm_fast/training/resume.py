@@ -21,19 +21,24 @@ if TYPE_CHECKING:
     from .steps import Steps
 
 SECONDS = 600.0  # between checkpoints, where no number of images is given
+SIGNALS = (
+    "SIGINT",
+    "SIGTERM",
+    "SIGHUP",
+)  # that end a run in good order; the first one that was sent to a process counts
 _MISSING = object()
 
 
 class Stops:
-    """Which signal has asked the run to end: "SIGTERM", "SIGINT" or None."""
+    """Which signal has asked the run to end: "SIGTERM", "SIGHUP", "SIGINT" or None."""
 
     asked: str | None = None
 
 
 @contextlib.contextmanager
 def noticed() -> Iterator[Stops]:
-    """SIGTERM and Ctrl-C inside are noted, so that a step is finished and saved first. A second Ctrl-C takes effect at
-    once. Where somebody has a handler of their own, or in another thread than the main one, nothing is done.
+    """SIGTERM, SIGHUP and Ctrl-C inside are noted, so that a step is finished and saved first. A second Ctrl-C takes
+    effect at once. Where somebody has a handler of their own, or in another thread than the main one, nothing is done.
     """
     stops = Stops()
 
@@ -43,6 +48,8 @@ def noticed() -> Iterator[Stops]:
         stops.asked = signal.Signals(number).name
 
     defaults: dict[signal.Signals, Any] = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+    if hasattr(signal, "SIGHUP"):  # the terminal is gone; nohup ignores it, and then so do we
+        defaults[signal.SIGHUP] = signal.SIG_DFL
     ours = []
     if threading.current_thread() is threading.main_thread():
         ours = [number for number, handler in defaults.items() if signal.getsignal(number) is handler]
@@ -123,6 +130,8 @@ class RunFolder:
     def write(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any], config: Mapping[str, Any]) -> Path:
         """A new checkpoint; the oldest ones go when it is on the disk."""
         path = self.path(state["images_seen"])
+        with contextlib.suppress(OSError):  # what is wrong is said when the file is written
+            self.folder.mkdir(parents=True, exist_ok=True)
         checkpoints.write(path, tensors, state, config)
         self.took(path, state["images_seen"])
         checkpoints.prune(self.folder, self.keep, good=path)
@@ -159,6 +168,7 @@ def open_run(trainer: Steps, run: RunFolder, config: Mapping[str, Any]) -> None:
     Process 0 looks for it, writes and deletes; the others read the file that it has chosen.
     """
     world = trainer.world
+    checkpoints.check(*trainer.state(), config)  # to be told now, not when hours of training are to be saved
     if trainer.settings.resume:
         newest = run.newest() if world.is_main else None
         path = world.from_main(None if newest is None else newest.path)

@@ -79,12 +79,14 @@ class Settings:
         for name in (*_POSITIVE, *_NOT_NEGATIVE):
             self._check_number(name, positive=name in _POSITIVE)
         for name in ("label_dropout", "ema"):
-            self._check_share(name, getattr(self, name))
+            self._check_share(name)
         for name in _FLAGS:
             value = getattr(self, name)
             if not isinstance(value, bool) and not (value is None and name in _OPTIONAL):
                 raise TypeError(f"{name} must be True or False, got {value!r}")
         self._check_betas()
+        if isinstance(self.seed, numbers.Integral) and not isinstance(self.seed, bool):
+            object.__setattr__(self, "seed", int(self.seed))
         make_rng(self.seed)  # its check is the check
 
     def deciding(self) -> dict[str, Any]:
@@ -120,6 +122,7 @@ class Settings:
             raise TypeError(f"{name} must be a whole number, got {value!r}")
         if value < least:
             raise ValueError(f"{name} must be at least {least}, got {value}")
+        object.__setattr__(self, name, int(value))  # not NumPy's: a checkpoint has to be able to say it
 
     def _check_number(self, name: str, *, positive: bool) -> None:
         value = getattr(self, name)
@@ -129,15 +132,17 @@ class Settings:
             raise TypeError(f"{name} must be a number, got {value!r}")
         if not math.isfinite(value) or value < 0 or (positive and value == 0):
             raise ValueError(f"{name} must be a finite number {'> 0' if positive else '>= 0'}, got {value}")
+        object.__setattr__(self, name, float(value))
 
-    @staticmethod
-    def _check_share(name: str, value: Any) -> None:
+    def _check_share(self, name: str) -> None:
+        value = getattr(self, name)
         if value is None and name in _OPTIONAL:
             return
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
+        if isinstance(value, bool) or not isinstance(value, numbers.Real):
             raise TypeError(f"{name} must be a number, got {value!r}")
-        if not 0 <= value <= 1:
+        if not 0 <= float(value) <= 1:
             raise ValueError(f"{name} must be in 0..1, got {value}")
+        object.__setattr__(self, name, float(value))
 
     def _check_betas(self) -> None:
         try:

@@ -12,8 +12,14 @@ PREFIX = "optimizer."
 
 
 def network_state(prefix: str, network: nn.Module) -> dict[str, Tensor]:
-    """{prefix + key: tensor}: its weights and buffers themselves, not copies."""
-    return {prefix + key: value.detach() for key, value in network.state_dict().items()}
+    """{prefix + key: tensor}: its weights and buffers themselves, not copies. TypeError for extra state of modules that
+    is no tensor.
+    """
+    state = network.state_dict()
+    for key, value in state.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"a checkpoint holds a model's tensors; {key} is a {type(value).__name__}")
+    return {prefix + key: value.detach() for key, value in state.items()}
 
 
 def load_network_state(prefix: str, network: nn.Module, tensors: dict[str, Tensor]) -> None:

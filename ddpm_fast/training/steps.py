@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -43,6 +44,8 @@ class Steps:
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
         if not isinstance(schedule, Schedule):
             raise TypeError(f"schedule must be a ddpm_fast.Schedule, got {type(schedule).__name__}")
+        called, model = model, getattr(model, "_orig_mod", model)  # torch.compile's wrapper; keys are the network's own
+        build.check_values(model)
         self.settings, self.schedule, self.data = settings, schedule, as_data(data)
         self.world = World.from_environment(build.device_for(model, device))
         self.device = self.world.device
@@ -58,10 +61,12 @@ class Steps:
         self.objective = build.objective_for(self.model, schedule, self.data, settings, self.device)
         build.probe(self.model, self.data, self.objective, self.device, self._conditional)
         parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        self.optimizer = build.adamw(parameters, settings) if optimizer is None else optimizer(parameters)
+        self.optimizer = build.optimizer_of(parameters, settings, optimizer)
+        trained = {id(parameter) for group in self.optimizer.param_groups for parameter in group["params"]}
+        self._left_out = [parameter for parameter in parameters if id(parameter) not in trained]
         self._base_lrs = [float(group["lr"]) for group in self.optimizer.param_groups]
         self._update = Update(
-            parameters,
+            [parameter for parameter in parameters if id(parameter) in trained],
             self.optimizer,
             device=self.device,
             max_grad_norm=settings.max_grad_norm,
@@ -70,7 +75,7 @@ class Steps:
         self.world.broadcast_(self.model.state_dict().values())
         self.ema = build.average(self.model, settings)
         self._network = parallel(
-            self.model, self.world, compile=settings.compile, sync_batchnorm=settings.sync_batchnorm
+            called.to(self.device), self.world, compile=settings.compile, sync_batchnorm=settings.sync_batchnorm
         )
         self._all_used = self.world.size == 1
 
@@ -87,18 +92,45 @@ class Steps:
         Raises FloatingPointError, naming the step, if the loss or the gradient is not finite. Weights, optimiser,
         average and position are then those before the step; buffers (BatchNorm's statistics) have seen its images.
         """
+        with self._modes():
+            return self._take_step()
+
+    @contextlib.contextmanager
+    def _modes(self) -> Iterator[None]:
+        """A step is the same step whatever modes of torch its caller is in."""
+        with (
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            torch.autocast(self.device.type, enabled=False),
+        ):
+            yield
+
+    def _take_step(self) -> tuple[float, float, float]:
         lr = self._set_learning_rate()
+        self._zero_grad()  # a callback may have left some
         try:
-            loss, norm = self._update.apply(self._forward_backward(), self.world.mean)
+            with self.world.contact():
+                loss, norm = self._update.apply(self._forward_backward(), self._agree)
         except BaseException as error:
             self._batches = None  # they are ahead of a step that was not taken
             if isinstance(error, FloatingPointError):
                 raise FloatingPointError(self._diverged(error)) from None
             raise
         finally:
-            self.optimizer.zero_grad()  # after an error, too: the next step starts from none
+            self._zero_grad()
         self._finish_step()
         return loss, lr, norm
+
+    def _zero_grad(self) -> None:
+        """Also of the parameters that an optimiser of the user's own leaves out."""
+        self.optimizer.zero_grad()
+        for parameter in self._left_out:
+            parameter.grad = None
+
+    def _agree(self, both: Tensor) -> list[float]:
+        """[loss, norm of the gradient] of all processes; the norm is the same in all, being of averaged gradients."""
+        values: list[float] = self.world.mean(both).tolist()
+        return values
 
     def _forward_backward(self) -> Tensor:
         """Gradients into the parameters; the mean loss."""
@@ -112,7 +144,7 @@ class Steps:
         total = None
         with lent(self.device) as reseed:
             for position in micro_batches:
-                images = self._to_device(next(self._batches))
+                images = self._to_device(self._checked(next(self._batches)))
                 if self._channels_last:
                     images = images.contiguous(memory_format=torch.channels_last)
                 labels = self._labels(position)
@@ -121,6 +153,11 @@ class Steps:
                 with averaging(self._network, last=position == micro_batches[-1]):
                     with self._update.autocast():
                         loss = self.objective(self._network, images, labels, self._rng, told) / self.settings.accumulate
+                    if not loss.requires_grad:
+                        raise ValueError(
+                            "the loss depends on no parameter that requires grad: the model must compute its output "
+                            "from them, not under no_grad and without detach()"
+                        )
                     self._update.backward(loss)
                 if not self._all_used:
                     check_used(self.model)
@@ -172,6 +209,18 @@ class Steps:
                 yield self._order.indices(position, self._size)
             first += self.settings.batch_size
 
+    def _checked(self, images: Tensor) -> Tensor:
+        """What the data gave. TypeError and ValueError unless it is what it says of itself."""
+        if not isinstance(images, Tensor):
+            raise TypeError(f"{self.data.name}: batch() must give a tensor, got {type(images).__name__}")
+        shape = (self._size, *self.data.shape)
+        if images.shape != shape or images.dtype != self.data.dtype:
+            raise ValueError(
+                f"{self.data.name}: batch() must give {self.data.dtype} of shape {shape}, got {images.dtype} of shape "
+                f"{tuple(images.shape)}"
+            )
+        return images
+
     def _labels(self, position: int) -> Tensor | None:
         if not self._conditional:
             return None
@@ -182,6 +231,13 @@ class Steps:
         if self.device.type != "cuda":
             return tensor.to(self.device)
         return tensor.pin_memory().to(self.device, non_blocking=True)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_batches": None}  # an iterator is no state, and is not copied
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._position = self._rng[1]
 
     # -- as a whole -------------------------------------------------------------------------------------------------
 

@@ -73,7 +73,9 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     Raises TypeError for what the format cannot hold, and OSError (disk full, not allowed, ...) naming the file; then
     nothing is changed and no temporary is left.
     """
-    order = sorted(tensors, key=lambda name: (-_itemsize(name, tensors[name]), name))  # each at a multiple of its size
+    for name, tensor in tensors.items():
+        check(name, tensor)
+    order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))  # each at a multiple of its size
     raw = _header(order, tensors, metadata)
     beside = path.with_name(f"{path.name}.{os.getpid()}{TEMPORARY}")
     try:
@@ -175,11 +177,11 @@ def _header(order: list[str], tensors: Mapping[str, Tensor], metadata: Mapping[s
     return len(text).to_bytes(8, "little") + text
 
 
-def _itemsize(name: str, tensor: Tensor) -> int:
+def check(name: str, tensor: Tensor) -> None:
+    """TypeError for what the format cannot hold."""
     if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.dtype not in _NAMES:
         got = f"{tensor.dtype}, {tensor.layout}" if isinstance(tensor, Tensor) else type(tensor).__name__
         raise TypeError(f"{name} must be a dense tensor of a dtype that safetensors files hold, got {got}")
-    return tensor.dtype.itemsize
 
 
 def _fill(path: Path, file: BinaryIO, content: memoryview, checksum: Any) -> None:

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import numbers
 import os
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..sampler import Sampler
 from ..schedule import Schedule
 from . import checkpoints
 from .loop import uninterrupted
-from .resume import RunFolder, config_of, noticed, open_run, take
+from .resume import SIGNALS, RunFolder, Stops, config_of, noticed, open_run, take
 from .settings import Settings
 from .steps import MakeOptimizer, Steps
 
@@ -122,11 +123,14 @@ class Trainer(Steps):
         given = locals()
         chosen = {field.name: given[field.name] for field in dataclasses.fields(Settings)}
         super().__init__(model, schedule, data, Settings(**chosen), optimizer=optimizer, device=device)
-        self.out = None if out is None else Path(out)
+        self.out = None if out is None else _folder(out)
         self.stopped: str | None = None
         self.callbacks: list[Any] = []
+        self._savable = False
         self._config = config_of(self, own=optimizer is not None)
         self._run = None if self.out is None else RunFolder(self.out, keep, save_every)
+        self._stops = Stops()
+        self._agreed: str | None = None
         if self._run is not None:
             open_run(self, self._run, self._config)
 
@@ -135,27 +139,42 @@ class Trainer(Steps):
     def train(self, until: int | None = None) -> None:
         """Steps until `images` (or `until`, if that is less) images have been seen; saves from time to time, and then.
 
-        SIGTERM and Ctrl-C (to any of the processes) wait until the step is taken and saved; `stopped` then names the
-        signal, and after Ctrl-C KeyboardInterrupt follows. A second Ctrl-C takes effect at once. Raises
+        SIGTERM, SIGHUP and Ctrl-C (to any of the processes) wait until the step is taken and saved; `stopped` then
+        names the signal, and after Ctrl-C KeyboardInterrupt follows. A second Ctrl-C takes effect at once. Raises
         FloatingPointError, naming the step and the last checkpoint, if the loss or gradient was not finite; OSError if
         a checkpoint cannot be written: those that are there stay, and `train` and `save` may be called again.
         """
-        goal = self.settings.images if until is None else min(until, self.settings.images)
-        self.stopped = None
+        if until is not None and (isinstance(until, bool) or not isinstance(until, numbers.Integral)):
+            raise TypeError(f"until must be a number of images, got {until!r}")
+        goal = self.settings.images if until is None else min(int(until), self.settings.images)
+        self.stopped = self._agreed = None
         self._call("on_start")
         try:
-            with noticed() as stops:
-                while self.images_seen < goal and not self.world.any(stops.asked is not None):
+            with noticed() as self._stops:
+                while self.images_seen < goal and not self._asked():
                     self.step()
                     self._save_if_due()
-                if self._run is not None:
-                    self._save(self._run)
-                if self.world.any(stops.asked is not None):
-                    self.stopped = "SIGINT" if self.world.any(stops.asked == "SIGINT") else "SIGTERM"
+                if self._run is not None and not self._run.is_saved(self.images_seen):
+                    self.save()
+                # The others wait here for process 0, which writes.
+                self.stopped = next((name for name in SIGNALS if self.world.any(self._stops.asked == name)), None)
         finally:
             self._call("on_end")
         if self.stopped == "SIGINT":
             raise KeyboardInterrupt
+
+    def _asked(self) -> bool:
+        """Whether to stop now. Several processes have agreed on it in the step before."""
+        return (self._stops.asked if self.world.size == 1 else self._agreed) is not None
+
+    def _agree(self, both: Tensor) -> list[float]:
+        """Beside loss and norm, whether a process was asked to stop: one call for all that is to be agreed on."""
+        if self.world.size == 1:
+            return super()._agree(both)
+        asked = both.new_tensor([float(self._stops.asked == name) for name in SIGNALS])
+        loss, norm, *wishes = self.world.mean(torch.cat([both, asked])).tolist()
+        self._agreed = next((name for name, wish in zip(SIGNALS, wishes, strict=True) if wish), None)
+        return [loss, norm]
 
     def step(self) -> float:
         """One step of the optimiser; the loss, mean over the batch.
@@ -189,12 +208,15 @@ class Trainer(Steps):
     def save(self) -> Path:
         """Writes a checkpoint into the run's folder, OUT/checkpoints; its path. The oldest beyond `keep` go.
 
-        Process 0 writes, from its own buffers; the others wait. Raises ValueError without `out`, and OSError if it
-        cannot be written: those that are there stay.
+        Process 0 writes, from its own buffers; the others do nothing. Raises ValueError without `out`, and OSError if
+        it cannot be written: those that are there stay.
         """
         if self._run is None:
             raise ValueError("this Trainer has no folder to save in; give it one: Trainer(..., out=)")
-        return self._save(self._run, again=True)
+        if self.world.is_main:
+            path = self._run.write(*self.state(), self._config)
+            self._call("on_save", path)
+        return self._run.path(self.images_seen)
 
     def load(self, path: str | os.PathLike[str]) -> None:
         """Goes on from a checkpoint: a file, or the newest whole one in a run's folder. In every process.
@@ -209,18 +231,11 @@ class Trainer(Steps):
 
     def _save_if_due(self) -> None:
         """Process 0 looks at its clock; the others meet it again in the next step."""
+        if self._run is not None and self.world.is_main and not self._savable:
+            checkpoints.check(*self.state(), self._config)  # now that the optimiser has a state
+            self._savable = True
         if self._run is not None and self.world.is_main and self._run.is_due(self.images_seen):
-            self._write(self._run)
-
-    def _save(self, run: RunFolder, again: bool = False) -> Path:
-        if self.world.is_main and (again or not run.is_saved(self.images_seen)):
-            self._write(run)
-        self.world.barrier()
-        return run.path(self.images_seen)
-
-    def _write(self, run: RunFolder) -> None:
-        path = run.write(*self.state(), self._config)
-        self._call("on_save", path)
+            self.save()
 
     # -- what comes out -----------------------------------------------------------------------------------------------
 
@@ -236,3 +251,10 @@ class Trainer(Steps):
             "self_condition": self.objective.self_condition,
         }
         return Sampler(model, self.schedule, **{**trained, **options})
+
+
+def _folder(out: str | os.PathLike[str]) -> Path:
+    """As an absolute path: a run stays where it was begun when the working folder changes."""
+    if not os.fspath(out):
+        raise ValueError("out must name a folder, got an empty text; None keeps everything in memory")
+    return Path(out).absolute()

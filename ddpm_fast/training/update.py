@@ -48,10 +48,10 @@ class Update:
     def backward(self, loss: Tensor) -> None:
         (loss if self.scaler is None else self.scaler.scale(loss)).backward()
 
-    def apply(self, loss: Tensor, agree: Callable[[Tensor], Tensor] | None = None) -> tuple[float, float]:
+    def apply(self, loss: Tensor, agree: Callable[[Tensor], list[float]] | None = None) -> tuple[float, float]:
         """Clips the gradients that lie in the parameters and takes the step; (loss, norm of the gradient).
 
-        loss: of the whole step, a scalar, for the guard. agree: makes one value of those of several processes.
+        loss: of the whole step, a scalar, for the guard. agree: makes one of what several processes have, [loss, norm].
         Raises FloatingPointError, before any weight is changed, if the loss or (without a scaler, which sees to it) the
         gradient is not finite. The gradients stay where they are: the caller frees them.
         """
@@ -59,7 +59,7 @@ class Update:
             self.scaler.unscale_(self.optimizer)
         gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
         both = torch.stack([loss.detach(), _norm(gradients, loss)])
-        value, norm = (both if agree is None else agree(both)).tolist()  # the only wait for the device in a step
+        value, norm = both.tolist() if agree is None else agree(both)  # the only wait for the device in a step
         if not math.isfinite(value) or (self.scaler is None and not math.isfinite(norm)):
             if self.scaler is not None:
                 self.scaler.update()  # closes the step that it has seen

@@ -90,6 +90,15 @@ inline float __shfl_down_sync(unsigned mask, float value, int delta, int width =
   return value;
 }
 
+inline float __shfl_sync(unsigned mask, float value, int source, int width = cuda_on_cpu::kWarp) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  const int segment = cuda_on_cpu::block().lane() % cuda_on_cpu::kWarp / width * width;
+  bits = cuda_on_cpu::block().shuffle(mask, bits, segment + source % width);
+  std::memcpy(&value, &bits, sizeof bits);
+  return value;
+}
+
 inline int atomicCAS(int* address, int compare, int value) {
   const int old = *address;
   if (old == compare) *address = value;

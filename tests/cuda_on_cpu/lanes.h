@@ -26,7 +26,7 @@ constexpr int kWarp = 32;
 
 class Block {
  public:
-  // Calls body(lane) for all lanes; body may call barrier() and shuffle_down().
+  // Calls body(lane) for all lanes; body may call barrier() and the shuffles.
   void run(int lanes, const std::function<void(int)>& body) {
     lanes_ = alive_ = lanes;
     body_ = &body;
@@ -62,6 +62,12 @@ class Block {
   // The value of the lane `delta` further on in its segment of `width` lanes; beyond the segment, one's own.
   uint32_t shuffle_down(uint32_t mask, uint32_t value, int delta, int width) {
     const int in_warp = current_->lane % kWarp;
+    return shuffle(mask, value, in_warp % width + delta < width ? in_warp + delta : in_warp);
+  }
+
+  // The value of a lane of the warp.
+  uint32_t shuffle(uint32_t mask, uint32_t value, int source) {
+    const int in_warp = current_->lane % kWarp;
     Warp& warp = warps_[static_cast<size_t>(current_->lane / kWarp)];
     if (mask != 0xFFFFFFFFu) fail("a shuffle names only a part of the warp");
     if (warp.ended != 0) fail("a shuffle after some lanes of the warp have ended");
@@ -73,8 +79,7 @@ class Block {
     } else {
       wait(warp.passed);
     }
-    const bool inside = in_warp % width + delta < width;
-    return warp.values[turn][inside ? in_warp + delta : in_warp];
+    return warp.values[turn][source];
   }
 
  private:

@@ -11,6 +11,8 @@ import torch
 _import_error: str | None = None
 try:
     from .add_bias_temb import add_bias_temb, add_bias_temb_backward
+    from .batch_norm_silu import batch_norm_silu
+    from .batch_norm_silu_backward import batch_norm_silu_backward
     from .ddpm_step import ddpm_step
     from .group_norm_silu import group_norm_silu
     from .group_norm_silu_backward import group_norm_silu_backward
@@ -26,6 +28,8 @@ except (ImportError, AttributeError) as error:  # AttributeError: a Triton witho
 __all__ = [
     "add_bias_temb",
     "add_bias_temb_backward",
+    "batch_norm_silu",
+    "batch_norm_silu_backward",
     "ddpm_step",
     "group_norm_silu",
     "group_norm_silu_backward",
