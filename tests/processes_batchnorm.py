@@ -88,7 +88,6 @@ def batchnorm_calls(world: World) -> dict[str, Any]:
         y = network(torch.ones(2, 3) * torch.arange(2)[:, None])
         forward = len(calls)
         y.sum().backward()
-        compiled = torch.compile(network, backend="eager")(torch.ones(2, 3) * torch.arange(2)[:, None])
     finally:
         World.sum = plain  # type: ignore[method-assign]
     same_keys = list(network.state_dict()) == keys
@@ -100,8 +99,7 @@ def batchnorm_calls(world: World) -> dict[str, Any]:
         "converted": converted,
         "keys": same_keys,
         "forward": forward,
-        "both": len(calls) - forward - 3,  # without those of the compiled pass
-        "compiled": torch.equal(compiled, y),
+        "both": len(calls) - forward,
         "alone": alone is None or bool(alone.isfinite().all()),
         "reverted": kinds == {nn.BatchNorm1d},
     }

@@ -148,7 +148,7 @@ def test_ctrl_c_is_one_line(monkeypatch, capfd):
 def test_bench_runs_the_script_of_the_checkout(capfd):
     assert cli.main(["bench", "--help"]) == 0
     shown = capfd.readouterr().out
-    assert "--only {ops,sampler,paper,lucidrains,variants,drift,host}" in shown
+    assert "--only {ops,sampler,paper,lucidrains,variants,drift,training,host}" in shown
     assert cli.main(["bench", "--n", "many"]) == 2
 
 

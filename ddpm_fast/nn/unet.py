@@ -60,10 +60,13 @@ class ConvBlock(nn.Module):
 
 
 def _norm_silu(h: Tensor, norm: nn.BatchNorm2d, temb: Tensor | None = None) -> Tensor:
-    """SiLU(norm(h)) + temb; one op where the norm takes the statistics of the batch, and is as it was made."""
+    """SiLU(norm(h)) + temb; one op where the norm takes the statistics of the batch, and is as it was made.
+
+    On a CPU, that is: on a GPU the op has not been measured against cuDNN's norm yet.
+    """
     batch = norm.training or norm.running_mean is None
     hooks = (norm._forward_hooks, norm._forward_pre_hooks, norm._backward_hooks, norm._backward_pre_hooks)
-    if not batch or type(norm) is not nn.BatchNorm2d or norm.momentum is None or any(hooks):
+    if h.device.type != "cpu" or not batch or type(norm) is not nn.BatchNorm2d or norm.momentum is None or any(hooks):
         h = norm(h)
         return F.silu(h) if temb is None else ops.add_bias_temb(h, None, temb, act="silu")
     if norm.track_running_stats and norm.num_batches_tracked is not None:

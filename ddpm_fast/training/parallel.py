@@ -26,6 +26,11 @@ def parallel(model: nn.Module, world: World, *, compile: bool, sync_batchnorm: b
     if sync_batchnorm and world.size > 1:
         from .sync_batchnorm import convert  # imports torch's compiler, which takes a second or two
 
+        # Under torch.compile two processes were seen, rarely, to wait for each other in such a layer for good.
+        if compile and any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in model.modules()):
+            raise ValueError(
+                "compile=True does not go with sync_batchnorm=True in several processes; leave one of them out"
+            )
         convert(model, world)
     network: Any = torch.compile(model) if compile else model
     if world.size == 1:
