@@ -9,7 +9,7 @@ from support import DTYPES, MEMORY, TOLERANCES, assert_same, rand, reference, to
 
 from ddpm_fast import ops
 
-IMAGE = (4, 6, 6, 6)
+IMAGE = (2, 6, 6, 6)
 NAMES = ("h", "weight", "bias", "temb")
 
 # The statistics are summed in another order, and rstd weight is rounded once: a few ulp for a whole channel alike.
@@ -153,7 +153,7 @@ def double(arguments):
     return {name: None if value is None else value.double() for name, value in arguments.items()}
 
 
-def hard(case, kind, shape=(5, 40, 12, 20)):
+def hard(case, kind, shape=(3, 20, 12, 20)):
     """Channels that lose digits where sums are careless."""
     a = inputs(shape, kind=kind, leave_out=("temb",))
     if case == "far mean":
@@ -161,7 +161,7 @@ def hard(case, kind, shape=(5, 40, 12, 20)):
     elif case == "outlier first":
         a["h"][0, :, 0, 0] = 300
     elif case == "samples far apart":
-        a["h"] += 100 * torch.arange(5)[:, None, None, None]
+        a["h"] += 100 * torch.arange(3)[:, None, None, None]
     elif case == "large":
         a["h"] *= 1e15
     elif case == "small":
@@ -188,7 +188,7 @@ def test_is_no_further_from_float64_than_eager(device, case, kind):
 @pytest.mark.parametrize("case", [case for case in CASES if case != "far mean"])
 def test_gradients_are_no_further_from_float64_than_eager(device, case, kind):
     a = hard(case, kind)
-    g = rand((5, 40, 12, 20), seed=9)
+    g = rand((3, 20, 12, 20), seed=9)
     exact, theirs = of_all(eager, double(a), g.double()), of_all(eager, a, g)
     for mine, other, true in zip(of_all(call, to(device, a), to(device, g)), theirs, exact, strict=True):
         error, eager_error = (mine.cpu().double() - true).abs().max(), (other.double() - true).abs().max()
@@ -315,8 +315,8 @@ def test_opcheck(device, kind, act, given):
         ({"weight": torch.zeros(1, 6, 1, 1)}, ValueError, r"weight must have shape \(6,\), got \(1, 6, 1, 1\)"),
         ({"weight": torch.zeros(6).double()}, TypeError, "weight must be float32, bfloat16 or float16, got float64"),
         ({"bias": torch.zeros(5)}, ValueError, r"bias must have shape \(6,\), got \(5,\)"),
-        ({"temb": torch.zeros(6)}, ValueError, r"temb must have shape \(4, 6\), got \(6,\)"),
-        ({"temb": torch.zeros(4, 6).to("meta")}, ValueError, "temb must be on cpu like h, got meta"),
+        ({"temb": torch.zeros(6)}, ValueError, r"temb must have shape \(2, 6\), got \(6,\)"),
+        ({"temb": torch.zeros(2, 6).to("meta")}, ValueError, "temb must be on cpu like h, got meta"),
         ({"temb": 1.0}, TypeError, "temb must be a torch.Tensor, got float"),
         ({"h": torch.zeros(6)}, ValueError, r"h must have shape \(N, C, ...\)"),
         ({"h": torch.zeros(IMAGE).long()}, TypeError, "h must be float32, bfloat16, float16 or float64, got int64"),
