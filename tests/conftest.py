@@ -43,8 +43,12 @@ with torch.device("meta"):
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "no_poison: allocations are left alone (torch.compile traces them)")
     config.addinivalue_line("markers", "gpu: needs an NVIDIA GPU")
-    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN and threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # a script's job in the background ignores Ctrl-C
+    if threading.current_thread() is threading.main_thread():
+        # A script's job in the background ignores Ctrl-C, and one under nohup that its terminal has gone.
+        for name, usual in (("SIGINT", signal.default_int_handler), ("SIGHUP", signal.SIG_DFL)):
+            number = getattr(signal, name, None)
+            if number is not None and signal.getsignal(number) is signal.SIG_IGN:
+                signal.signal(number, usual)
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
 

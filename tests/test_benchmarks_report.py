@@ -216,7 +216,7 @@ def test_machines_have_names(module):
 
 def test_stored_results_are_readable(module):
     for path in sorted((FOLDER / "results").glob("*.json")):
-        if path.stem == "differences":  # no times: test_differences.py
+        if path.stem == "differences" or path.stem.endswith("-fashion-mnist"):  # not of run.py
             continue
         result = module("results").load(path)
         assert module("report").report(result, {})
