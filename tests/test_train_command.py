@@ -390,18 +390,3 @@ def test_info_of_what_is_no_run(wrong, capsys, place, message):
     assert err.startswith("ddpm-fast info: error: ")
     assert err.count("\n") == 1
     assert message in err
-
-
-def test_info_of_a_run_before_its_first_checkpoint(tmp_path, capsys):
-    (tmp_path / "config.toml").write_text("")
-    assert cli.main(["info", str(tmp_path)]) == 0
-    assert "0: no checkpoint was written yet" in capsys.readouterr().out
-
-
-def test_help_has_examples_and_every_field(capsys):
-    assert cli.main(["train", "--help"]) == 0
-    text = capsys.readouterr().out
-    assert "ddpm-fast train --data fashion-mnist --out runs/fashion --images 500000" in text
-    assert all(flag in text for flag in ("--minutes", "--config", "--max-grad-norm", "--sample-every", "--tensorboard"))
-    assert cli.main(["info", "--help"]) == 0
-    assert "ddpm-fast info runs/fashion" in capsys.readouterr().out

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ddpm_fast import DDPMUNet, Schedule, UNet
+from ddpm_fast import DDPMUNet, Schedule, UNet, cli
 from ddpm_fast.commands import config, log, networks
 from ddpm_fast.commands.errors import CommandError
 from ddpm_fast.commands.fields import FIELDS
@@ -255,3 +255,18 @@ def test_schedules():
 def test_sources_are_those_of_open_data():
     assert config.SOURCES == SOURCES
     assert all(name in FIELDS["data"]["source"].text for name in SOURCES[:4])
+
+
+def test_info_of_a_run_before_its_first_checkpoint(tmp_path, capsys):
+    (tmp_path / "config.toml").write_text("")
+    assert cli.main(["info", str(tmp_path)]) == 0
+    assert "0: no checkpoint was written yet" in capsys.readouterr().out
+
+
+def test_help_has_examples_and_every_field(capsys):
+    assert cli.main(["train", "--help"]) == 0
+    text = capsys.readouterr().out
+    assert "ddpm-fast train --data fashion-mnist --out runs/fashion --images 500000" in text
+    assert all(flag in text for flag in ("--minutes", "--config", "--max-grad-norm", "--sample-every", "--tensorboard"))
+    assert cli.main(["info", "--help"]) == 0
+    assert "ddpm-fast info runs/fashion" in capsys.readouterr().out
