@@ -149,6 +149,33 @@ def _write_labels(
     return np.asarray(image)
 
 
+def corner_text(picture: UInt8Array, text: str, *, corner: str = "bottom right", size: int = 14) -> UInt8Array:
+    """A copy of a uint8 (H, W, 3) picture with a short text in a corner, as a step counter in the frames of a GIF.
+
+    Args:
+        text: one line; it is light on dark corners and dark on light ones.
+        corner: "top left", "top right", "bottom left" or "bottom right".
+        size: of the letters, pixels.
+
+    Raises ValueError for another corner, and for a text that does not fit into the picture.
+    """
+    vertical, _, horizontal = corner.partition(" ")
+    if vertical not in ("top", "bottom") or horizontal not in ("left", "right"):
+        raise ValueError(f'corner must be "top" or "bottom" and "left" or "right", as "top left", got {corner!r}')
+    pil = _pillow()
+    font, margin = pil.ImageFont.load_default(size), size // 3
+    width, height = int(font.getlength(text)) + 2 * margin, size + 2 * margin
+    if width > picture.shape[1] or height > picture.shape[0]:
+        raise ValueError(f"text {text!r} needs {width} x {height} pixels, got a picture of {picture.shape[1::-1]}")
+    left = 0 if horizontal == "left" else picture.shape[1] - width
+    top = 0 if vertical == "top" else picture.shape[0] - height
+    ink = 40 if picture[top : top + height, left : left + width].mean() > 127 else 225
+    image = pil.Image.fromarray(picture)
+    place = (left + width // 2, top + height // 2)
+    pil.ImageDraw.Draw(image).text(place, text, font=font, fill=(ink,) * 3, anchor="mm")
+    return np.asarray(image)
+
+
 def save_png(path: str | os.PathLike[str] | BinaryIO, picture: UInt8Array) -> None:
     """Writes a uint8 (H, W, 3) picture to a path or an open file."""
     _pillow().Image.fromarray(picture).save(path, format="PNG", optimize=True)

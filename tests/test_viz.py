@@ -64,6 +64,19 @@ def test_labels_are_written_beside_the_images(background):
     assert not ink[:top, :left].any()
 
 
+@pytest.mark.parametrize("background", [0, 255])
+@pytest.mark.parametrize("corner", ["top left", "top right", "bottom left", "bottom right"])
+def test_text_goes_into_its_corner_and_nowhere_else(corner, background):
+    picture = np.full((60, 120, 3), background, np.uint8)
+    before = picture.copy()
+    written = viz.corner_text(picture, "7/50", corner=corner, size=12)
+    assert np.array_equal(picture, before)
+    rows, columns = np.nonzero(np.abs(written[..., 0].astype(int) - background) > 150)  # legible
+    assert len(rows) > 20
+    assert rows.max() < 20 if "top" in corner else rows.min() >= 40
+    assert columns.max() < 40 if "left" in corner else columns.min() >= 80
+
+
 def test_files_open_again(tmp_path):
     frames = [viz.grid(torch.full((4, 1, 8, 8), v), 2) for v in (-1.0, -0.2, 0.4, 1.0)]
     viz.save_png(tmp_path / "a.png", frames[1])
@@ -106,6 +119,8 @@ IMAGES = torch.zeros(4, 1, 2, 2)
         (lambda p: viz.grid(IMAGES, 2, resample="cubic"), ValueError, '"nearest" or "lanczos", got \'cubic\''),
         (lambda p: viz.grid(IMAGES, 2, column_labels=["1"]), ValueError, "column_labels must hold 2 texts, got 1"),
         (lambda p: viz.grid(IMAGES, 2, row_labels=["1"]), ValueError, "row_labels must hold 2 texts, got 1"),
+        (lambda p: viz.corner_text(viz.grid(IMAGES), "1", corner="left"), ValueError, "as \"top left\", got 'left'"),
+        (lambda p: viz.corner_text(viz.grid(IMAGES), "1"), ValueError, "pixels, got a picture of (10, 10)"),
         (lambda p: viz.save_gif(p, []), ValueError, "at least one picture, got 0"),
         (lambda p: viz.save_gif(p, [viz.grid(IMAGES), viz.grid(IMAGES, 1)]), ValueError, "one shape"),
         (lambda p: viz.save_gif(p, [viz.grid(IMAGES)], fps=0), ValueError, "fps must be in (0, 50]"),
