@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import json
 from pathlib import Path
 
@@ -42,7 +43,10 @@ def frames_of(path):
     return frames, times
 
 
-def test_it_writes_the_sentence_the_letters_and_the_figures(example, tmp_path, capsys):
+def test_it_writes_the_sentence_the_letters_and_the_figures(example, tmp_path, capsys, monkeypatch):
+    # At this effort the reader would learn nothing: it alone is given more.
+    reader = example.trained_classifier
+    monkeypatch.setattr(example, "trained_classifier", lambda data, images, **more: reader(data, images=4000, **more))
     command = ["--sentence", "to be continued", "--effort", "0.03", "--seed", "3"]
     assert example.main([*command, "--out", str(tmp_path / "a")]) == 0
     report = json.loads((tmp_path / "a/report.json").read_text())
@@ -50,9 +54,8 @@ def test_it_writes_the_sentence_the_letters_and_the_figures(example, tmp_path, c
     assert report["settings"]["sentence"] == "TO BE CONTINUED"
     assert report["settings"]["seed"] == 3
     assert set(report["read"]) == {"real", "VAE", "generated"}
-    # So little training of one plain face is enough to be far from the 1/26 of guessing, and further than generated.
-    assert 0.3 < report["read"]["real"] <= 1
-    assert 0.1 < report["read"]["generated"] <= 1
+    assert 0.5 < report["read"]["real"] <= 1
+    assert 0.1 < report["read"]["generated"] < report["read"]["real"]  # guessing is 0.04
     last = capsys.readouterr().out.splitlines()[-1]
     assert f"{report['read']['generated']:.1%} (generated)" in last
 
@@ -63,7 +66,7 @@ def test_it_writes_the_sentence_the_letters_and_the_figures(example, tmp_path, c
     assert np.abs(frames[-1] - final)[:, :-60].max() <= 255 / 15  # the GIF keeps 16 greys, and has the counter
     assert abs(times[-1] - 1000 * example.HELD / example.FPS) <= 10
     assert max(times[:-1]) < 100
-    moved = [np.abs(b - a).mean() for a, b in zip(frames, frames[1:], strict=False)]
+    moved = [np.abs(b - a).mean() for a, b in itertools.pairwise(frames)]
     assert np.mean(moved[:5]) > 2 * np.mean(moved[-5:]) > 0  # noise first, letters at the end
     # "   TO BE    " above " CONTINUED  ": blanks are black, letters are not.
     places = final[10:].reshape(2, 66, -1)[:, :56, 10:].reshape(2, 56, 12, 66)[:, :, :, :56].max(axis=(1, 3))
