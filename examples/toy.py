@@ -42,13 +42,14 @@ def draw(name, n, rng):
 
 def generate(x0, T, steps, seed, batch=512):
     """Trains a network on x0 (n, D) for so many steps; n samples of it."""
-    # A thousand betas up to 0.2 would leave no signal after a few hundred: betas shrink as they become more, so that
-    # the noise at t / T is about the same for any T.
+    # Betas shrink as T grows, so that t / T means the same noise; else nothing of x0 would be left at t = 300 of 1000.
     schedule = ddpm_fast.Schedule.linear(T, 1e-4 * 200 / T, 0.2 * 200 / T)
     torch.manual_seed(seed)  # of the first weights
     settings = {"images": batch * steps, "batch_size": batch, "lr": 3e-3, "lr_schedule": "cosine", "seed": seed}
     trainer = ddpm_fast.Trainer(MLP(x0.shape[1], num_timesteps=T), schedule, x0, **settings)
     trainer.train()
+    if trainer.stopped is not None:  # by SIGTERM, for one: half a training is not what was asked for
+        raise SystemExit(f"stopped by {trainer.stopped}")
     return trainer.sampler().sample(len(x0), seed=seed).cpu().numpy()
 
 

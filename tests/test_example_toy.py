@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+import ddpm_fast
 from ddpm_fast.metrics import energy_distance
 
 pytest.importorskip("matplotlib")
@@ -96,6 +97,12 @@ def test_the_seed_decides(toy):
         kinds = toy.study("ramp", [(200, 8)], Namespace(seed=seed, samples=50))
         figures.append({kind: distance for kind, (_, distance) in kinds.items()})
     assert figures[0] == figures[1] != figures[2]
+
+
+def test_half_a_training_is_no_result(toy, monkeypatch):
+    monkeypatch.setattr(ddpm_fast.Trainer, "train", lambda trainer: setattr(trainer, "stopped", "SIGTERM"))
+    with pytest.raises(SystemExit, match="stopped by SIGTERM"):
+        toy.generate(np.zeros((4, 1), np.float32), 200, 8, seed=0)
 
 
 @pytest.mark.parametrize(
