@@ -40,8 +40,8 @@ def draw(name, n, rng):
     return np.stack([rho * np.cos(theta), rho * np.sin(theta)], axis=1)
 
 
-def generate(x0, T, steps, seed, batch=512):
-    """Trains a network on x0 (n, D) for so many steps; n samples of it."""
+def generate(x0, n, T, steps, seed, batch=512):
+    """Trains a network on x0 (N, D) for so many steps; n samples of it, (n, D)."""
     # Betas shrink as T grows, so that t / T means the same noise; else nothing of x0 would be left at t = 300 of 1000.
     schedule = ddpm_fast.Schedule.linear(T, 1e-4 * 200 / T, 0.2 * 200 / T)
     torch.manual_seed(seed)  # of the first weights
@@ -50,18 +50,18 @@ def generate(x0, T, steps, seed, batch=512):
     trainer.train()
     if trainer.stopped is not None:  # by SIGTERM, for one: half a training is not what was asked for
         raise SystemExit(f"stopped by {trainer.stopped}")
-    return trainer.sampler().sample(len(x0), seed=seed).cpu().numpy()
+    return trainer.sampler().sample(n, seed=seed).cpu().numpy()
 
 
 def study(name, runs, args):
     """Of a distribution: {kind: (samples, their energy distance to real ones that were held out)}."""
-    rng = np.random.default_rng(args.seed)
-    real = [draw(name, args.samples, rng) for _ in range(5)]
+    n, rng = args.samples, np.random.default_rng(args.seed)
+    real = [draw(name, size, rng) for size in (10 * n, n, n, n, n)]  # to learn from, held out, and others
     mean, std = real[0].mean(axis=0), real[0].std(axis=0)
     x0, held_out, *others = [((x - mean) / std).astype(np.float32) for x in real]
-    kernel = rng.multivariate_normal(np.zeros(x0.shape[1]), mlab.GaussianKDE(x0.T).covariance, len(x0))
-    samples = {"kernel density": rng.choice(x0, len(x0)) + kernel}
-    samples.update((f"T = {T}, {steps} steps", generate(x0, T, steps, args.seed)) for T, steps in runs)
+    kernel = rng.multivariate_normal(np.zeros(x0.shape[1]), mlab.GaussianKDE(x0.T).covariance, n)
+    samples = {"kernel density": rng.choice(x0, n) + kernel}
+    samples.update((f"T = {T}, {steps} steps", generate(x0, n, T, steps, args.seed)) for T, steps in runs)
     between_real = float(np.mean([energy_distance(x, held_out) for x in others]))
     return {"real": (x0, between_real)} | {kind: (x, energy_distance(x, held_out)) for kind, x in samples.items()}
 

@@ -60,7 +60,7 @@ def test_training_helps(toy):
     torch.set_num_threads(1)
     x0 = toy.draw("mixture", 500, np.random.default_rng(0))
     x0 = ((x0 - x0.mean()) / x0.std()).astype(np.float32)
-    some, more = (energy_distance(toy.generate(x0, 200, steps, seed=0, batch=128), x0) for steps in (20, 300))
+    some, more = (energy_distance(toy.generate(x0, 500, 200, steps, seed=0, batch=128), x0) for steps in (20, 300))
     assert more < 0.03
     assert more < some / 2
 
@@ -102,7 +102,7 @@ def test_the_seed_decides(toy):
 def test_half_a_training_is_no_result(toy, monkeypatch):
     monkeypatch.setattr(ddpm_fast.Trainer, "train", lambda trainer: setattr(trainer, "stopped", "SIGTERM"))
     with pytest.raises(SystemExit, match="stopped by SIGTERM"):
-        toy.generate(np.zeros((4, 1), np.float32), 200, 8, seed=0)
+        toy.generate(np.zeros((4, 1), np.float32), 4, 200, 8, seed=0)
 
 
 @pytest.mark.parametrize(
