@@ -338,8 +338,10 @@ def inspect(case: Case, launch: Any, made: Any, counts: collections.Counter[str]
 def main() -> None:
     found = list(cases())
     launched = [compiled(case) for case in found]
-    counts = aot_sass.instructions([(c.capability, made.asm["cubin"]) for c, (_, made) in zip(found, launched)])
-    kernels = [inspect(case, *each, count) for case, each, count in zip(found, launched, counts)]
+    counts = aot_sass.instructions(
+        [(c.capability, made.asm["cubin"]) for c, (_, made) in zip(found, launched, strict=True)]
+    )
+    kernels = [inspect(case, *each, count) for case, each, count in zip(found, launched, counts, strict=True)]
     # And the first with Triton's default, fused multiply-adds, which the tests have to see.
     _, fused = compiled(found[0], fp_fusion=True)
     print(json.dumps({"kernels": kernels, "fused": inexact(fused.asm["ptx"])}))

@@ -197,5 +197,5 @@ def inspect(
 if __name__ == "__main__":
     found = list(cases())
     compiled = [launch.compile(capability) for _, _, capability, launch in found]
-    counts = aot_sass.instructions([(case[2], made.asm["cubin"]) for case, made in zip(found, compiled)])
-    print(json.dumps([inspect(*case, made, count) for case, made, count in zip(found, compiled, counts)]))
+    counts = aot_sass.instructions([(case[2], made.asm["cubin"]) for case, made in zip(found, compiled, strict=True)])
+    print(json.dumps([inspect(*case, made, count) for case, made, count in zip(found, compiled, counts, strict=True)]))
