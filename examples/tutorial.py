@@ -35,18 +35,18 @@ def load(cifar: Path | None) -> Data:
         return open_data("fashion-mnist", image_size=32, fit="pad")
     except FileNotFoundError:
         print("no Fashion-MNIST here (apt install dataset-fashion-mnist), so scikit-learn's digits")
-        return open_data("digits", image_size=16)
+        return open_data("digits", image_size=16, fit="pad")
 
 
 def draw_time_embedding(path: Path) -> None:
     """What the network is told of t, and how alike that is for two timesteps."""
     embedding = TimeEmbedding(256)(torch.arange(1000))
     unit = torch.nn.functional.normalize(embedding)
-    figure, (left, right) = viz.figure(2, size=(8, 3.6))
-    image = left.imshow(embedding, cmap="BrBG", aspect="auto", interpolation="antialiased")
+    figure, (left, right) = viz.figure(2, size=(8, 3.3))
+    image = left.imshow(embedding.numpy(), cmap="BrBG", aspect="auto", interpolation="antialiased")
     left.set(title="time embedding [sin(t f), cos(t f)]", xlabel="dimension", ylabel="timestep t")
     figure.colorbar(image, ax=left)
-    image = right.imshow(unit @ unit.T, origin="lower")
+    image = right.imshow((unit @ unit.T).numpy(), origin="lower")
     right.set(title="cosine similarity of two timesteps", xlabel="timestep t", ylabel="timestep t'")
     figure.colorbar(image, ax=right)
     figure.savefig(path)
@@ -68,12 +68,13 @@ def draw_results(out: Path, losses: list[float], best: int, pictures: dict[str, 
 
 def run(args: argparse.Namespace) -> None:
     began = time.perf_counter()
+    data = load(args.data)
     args.out.mkdir(parents=True, exist_ok=True)
     draw_time_embedding(args.out / "time_embedding.png")
-    data = load(args.data)
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(args.seed))
     real, train = order.tensor_split([min(1000, len(data) // 5)])
     real, train = data.batch(real), data.batch(train[: args.train])  # uint8 (N, C, H, W)
+    floor = metrics.energy_ratio(train[: args.samples], real)
 
     torch.manual_seed(args.seed)
     net = ddpm_fast.UNet(data.shape[0], width=args.width, depth=args.depth)
@@ -91,8 +92,7 @@ def run(args: argparse.Namespace) -> None:
     speed = compare_speed(net, SCHEDULE, data.shape, n=args.compare, seed=args.seed + 1, pairs=1, ways=ways)
     print(speed_table(speed))
 
-    ratio, floor = metrics.energy_ratio(samples, real), metrics.energy_ratio(train[: args.samples], real)
-    seconds = time.perf_counter() - began
+    ratio, seconds = metrics.energy_ratio(samples, real), time.perf_counter() - began
     report = {"energy_ratio": ratio, "energy_ratio_of_real": floor, "losses": epochs.losses, "seconds": seconds}
     report |= {"data": data.name, "training": settings, "network": net.config, "samples": args.samples, "speed": speed}
     (args.out / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
