@@ -6,6 +6,7 @@ import importlib.util
 import json
 import pickle
 import re
+import signal
 import sys
 import time
 from pathlib import Path
@@ -137,6 +138,20 @@ def test_bad_input(example, tmp_path, monkeypatch, capsys, arguments, message):
     assert error.startswith("tutorial.py: ")
     assert re.search(message, error)
     assert error.count("\n") == 1
+
+
+def test_stops_when_asked(example, tmp_path, monkeypatch):
+    """It does not go on to sample, by weights that an earlier run may have left."""
+
+    class Asked(example.BestEpoch):
+        def on_step(self, trainer, report):
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(example, "open_data", without_fashion)
+    monkeypatch.setattr(example, "BestEpoch", Asked)
+    with pytest.raises(SystemExit, match="stopped by SIGTERM"):
+        example.main(["--out", str(tmp_path), "--width", "2"])
+    assert not (tmp_path / "samples.png").exists()
 
 
 def test_without_matplotlib(example, tmp_path, monkeypatch, capsys):
