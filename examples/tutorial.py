@@ -35,18 +35,17 @@ def load(cifar: Path | None) -> Data:
         return open_data("fashion-mnist", image_size=32, fit="pad")
     except FileNotFoundError:
         print("no Fashion-MNIST here (apt install dataset-fashion-mnist), so scikit-learn's digits")
-        return open_data("digits", image_size=16)
+        return open_data("digits", image_size=16, fit="pad")
 
 
 def draw_time_embedding(path: Path) -> None:
     """What the network is told of t, and how alike that is for two timesteps."""
     embedding = TimeEmbedding(256)(torch.arange(1000))
-    unit = torch.nn.functional.normalize(embedding)
-    figure, (left, right) = viz.figure(2, size=(8, 3.6))
-    image = left.imshow(embedding, cmap="BrBG", aspect="auto", interpolation="antialiased")
+    figure, (left, right) = viz.figure(2, size=(8, 3.3))
+    image = left.imshow(embedding.numpy(), cmap="BrBG", aspect="auto", interpolation="antialiased")
     left.set(title="time embedding [sin(t f), cos(t f)]", xlabel="dimension", ylabel="timestep t")
     figure.colorbar(image, ax=left)
-    image = right.imshow(unit @ unit.T, origin="lower")
+    image = right.imshow((embedding @ embedding.T / 128).numpy(), origin="lower")  # |embedding|^2 = 128 for every t
     right.set(title="cosine similarity of two timesteps", xlabel="timestep t", ylabel="timestep t'")
     figure.colorbar(image, ax=right)
     figure.savefig(path)
@@ -54,10 +53,10 @@ def draw_time_embedding(path: Path) -> None:
 
 def draw_results(out: Path, losses: list[float], best: int, pictures: dict[str, torch.Tensor]) -> None:
     figure, (axes,) = viz.figure(size=(8, 3))
-    axes.plot(range(1, len(losses) + 1), losses, "o-", color="#0b6e4f", label="mean over an epoch")
-    axes.plot(best + 1, losses[best], "o", color="#bf812d", markersize=11, label=f"best, kept: {losses[best]:.4f}")
-    axes.set(xlabel="epoch", ylabel="squared error of eps", xticks=range(1, len(losses) + 1))
-    axes.legend()
+    numbers = range(1, len(losses) + 1)
+    axes.plot(numbers, losses, "o-", color="#0b6e4f")
+    axes.plot(numbers[best], losses[best], "o", color="#bf812d", markersize=11)
+    axes.set(title=f"best, kept: {losses[best]:.4f}", xlabel="epoch", ylabel="squared error of eps", xticks=numbers)
     figure.savefig(out / "loss.png")
     figure, panels = viz.figure(len(pictures), size=(8, 4.4))
     for axes, (title, images) in zip(panels, pictures.items(), strict=True):
@@ -68,13 +67,13 @@ def draw_results(out: Path, losses: list[float], best: int, pictures: dict[str, 
 
 def run(args: argparse.Namespace) -> None:
     began = time.perf_counter()
+    data = load(args.data)
     args.out.mkdir(parents=True, exist_ok=True)
     draw_time_embedding(args.out / "time_embedding.png")
-    data = load(args.data)
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(args.seed))
     real, train = order.tensor_split([min(1000, len(data) // 5)])
     real, train = data.batch(real), data.batch(train[: args.train])  # uint8 (N, C, H, W)
-
+    floor = metrics.energy_ratio(train[: args.samples], real)
     torch.manual_seed(args.seed)
     net = ddpm_fast.UNet(data.shape[0], width=args.width, depth=args.depth)
     precision = "bf16" if bf16_pays(net.device) else None
@@ -83,6 +82,8 @@ def run(args: argparse.Namespace) -> None:
     epochs = BestEpoch(args.out / "best.pt", say=print)
     trainer.callbacks.append(epochs)
     trainer.train()
+    if trainer.stopped:
+        raise SystemExit(f"tutorial.py: stopped by {trainer.stopped}")
     net.eval().load_state_dict(torch.load(epochs.path, weights_only=True))
 
     samples = ddpm_fast.Sampler(net, SCHEDULE, **HALF).sample(args.samples, data.shape, seed=args.seed, output="uint8")
@@ -91,8 +92,7 @@ def run(args: argparse.Namespace) -> None:
     speed = compare_speed(net, SCHEDULE, data.shape, n=args.compare, seed=args.seed + 1, pairs=1, ways=ways)
     print(speed_table(speed))
 
-    ratio, floor = metrics.energy_ratio(samples, real), metrics.energy_ratio(train[: args.samples], real)
-    seconds = time.perf_counter() - began
+    ratio, seconds = metrics.energy_ratio(samples, real), time.perf_counter() - began
     report = {"energy_ratio": ratio, "energy_ratio_of_real": floor, "losses": epochs.losses, "seconds": seconds}
     report |= {"data": data.name, "training": settings, "network": net.config, "samples": args.samples, "speed": speed}
     (args.out / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
@@ -104,7 +104,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("out/tutorial"))
     parser.add_argument("--data", type=Path, help="CIFAR-10: its folder or .tar.gz")
-    options = {"width": 16, "depth": 3, "train": 12_000, "epochs": 10, "samples": 128, "compare": 8, "seed": 0}
+    options = {"width": 16, "depth": 3, "train": 12_000, "epochs": 6, "samples": 128, "compare": 8, "seed": 0}
     for name, default in options.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     try:

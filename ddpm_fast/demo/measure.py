@@ -103,7 +103,11 @@ def compare_speed(
         images, steps, and rows: name, seconds of each round, speed-up over the eager loop (medians),
         max_abs_difference of the images, clamped to [-1, 1], from the eager loop's, and pixels_that_differ of them all
         (`pixels`), as uint8.
+
+    Raises ValueError for n < 1.
     """
+    if n < 1:
+        raise ValueError(f"n must be at least 1 image to compare, got {n}")
     device = net.device
     labels = None if net.num_classes is None else torch.arange(n, device=device) % net.num_classes
     draw = functools.partial(ops.normal, n, shape, seed=seed, first_sample=first_sample, device=device)
