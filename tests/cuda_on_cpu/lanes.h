@@ -6,19 +6,14 @@
 // every time. A barrier that not all lanes reach ends the process.
 #pragma once
 
-#include <ucontext.h>
-
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
-#include <cstring>
 #include <functional>
 #include <memory>
 #include <vector>
 
-#if defined(__SANITIZE_ADDRESS__)
-#include <sanitizer/common_interface_defs.h>
-#endif
+#include "fiber.h"
 
 namespace cuda_on_cpu {
 
@@ -83,13 +78,9 @@ class Block {
   }
 
  private:
-  static constexpr size_t kStackBytes = 128 * 1024;
-
   struct Stack {
-    ucontext_t context{};
-    std::unique_ptr<char[]> memory{new char[kStackBytes]};
-    void* fake_stack = nullptr;  // AddressSanitizer's
-    bool started = false, waiting = false;
+    Fiber fiber{&Block::entry};
+    bool waiting = false;
     int lane = 0;
     const unsigned* counter = nullptr;  // what it waits for: a change of *counter from `seen`
     unsigned seen = 0;
@@ -122,7 +113,7 @@ class Block {
     current_->waiting = true;
     current_->counter = &counter;
     current_->seen = counter;
-    leave(*current_);
+    current_->fiber.leave();
   }
 
   // On a stack: take lanes until there are none left, then rest until the next block.
@@ -137,57 +128,17 @@ class Block {
           ++passed_;
         }
       }
-      leave(self);
+      self.fiber.leave();
     }
   }
 
-  static void entry(unsigned high, unsigned low) {
-    auto* block = reinterpret_cast<Block*>((static_cast<uintptr_t>(high) << 32) | low);
-    block->arrive(nullptr);
-    block->work(*block->current_);
-  }
+  static void entry();
 
   void resume(Stack& stack) {
     current_ = &stack;
-    if (!stack.started) {
-      stack.started = true;
-      getcontext(&stack.context);
-      stack.context.uc_stack.ss_sp = stack.memory.get();
-      stack.context.uc_stack.ss_size = kStackBytes;
-      const auto self = reinterpret_cast<uintptr_t>(this);
-      makecontext(
-          &stack.context, reinterpret_cast<void (*)()>(&Block::entry), 2, static_cast<unsigned>(self >> 32),
-          static_cast<unsigned>(self)
-      );
-    }
-#if defined(__SANITIZE_ADDRESS__)
-    void* fake_stack = nullptr;
-    __sanitizer_start_switch_fiber(&fake_stack, stack.memory.get(), kStackBytes);
-#endif
-    swapcontext(&home_, &stack.context);
-#if defined(__SANITIZE_ADDRESS__)
-    __sanitizer_finish_switch_fiber(fake_stack, nullptr, nullptr);
-#endif
+    stack.fiber.resume();
   }
 
-  void leave(Stack& stack) {
-#if defined(__SANITIZE_ADDRESS__)
-    __sanitizer_start_switch_fiber(&stack.fake_stack, home_bottom_, home_size_);
-#endif
-    swapcontext(&stack.context, &home_);
-    arrive(stack.fake_stack);
-  }
-
-  // First thing after a switch onto a lane's stack; learns where the scheduler's own stack is.
-  void arrive([[maybe_unused]] void* fake_stack) {
-#if defined(__SANITIZE_ADDRESS__)
-    __sanitizer_finish_switch_fiber(fake_stack, &home_bottom_, &home_size_);
-#endif
-  }
-
-  ucontext_t home_{};
-  const void* home_bottom_ = nullptr;
-  size_t home_size_ = 0;
   std::vector<std::unique_ptr<Stack>> stacks_;
   std::vector<Warp> warps_;
   const std::function<void(int)>* body_ = nullptr;
@@ -196,9 +147,12 @@ class Block {
   unsigned passed_ = 0, runs_ = 0;
 };
 
-inline Block& block() {
-  static thread_local Block one;
-  return one;
+// One for all threads of the process: launches take turns, see cudaLaunchKernelEx.
+inline Block block;
+
+inline void Block::entry() {
+  block.current_->fiber.arrive();
+  block.work(*block.current_);
 }
 
 }  // namespace cuda_on_cpu
