@@ -49,7 +49,7 @@ def generate(x0, n, T, steps, seed, batch=512):
     trainer = ddpm_fast.Trainer(MLP(x0.shape[1], num_timesteps=T), schedule, x0, **settings)
     trainer.train()
     if trainer.stopped is not None:  # by SIGTERM, for one: half a training is not what was asked for
-        raise SystemExit(f"stopped by {trainer.stopped}")
+        raise SystemExit(f"toy.py: stopped by {trainer.stopped}")
     return trainer.sampler().sample(n, seed=seed).cpu().numpy()
 
 
@@ -67,7 +67,7 @@ def study(name, runs, args):
 
 
 def save_pictures(found, out):
-    forward, lines, plane = (figure.Figure(figsize=(9, height), layout="constrained") for height in (2, 3.6, 6))
+    forward, lines, plane = (figure.Figure(figsize=(9, height), layout="constrained") for height in (2, 3.6, 6.8))
     bins, table = np.linspace(-3, 3, 61), ddpm_fast.Schedule.linear(200, 1e-4, 0.2).noising_table()
     x0 = torch.as_tensor(found["mixture"]["real"][0])
     for axis, t in zip(forward.subplots(1, 6, sharey=True), (1, 5, 10, 50, 100, 200), strict=True):  # ours is t - 1
