@@ -31,7 +31,7 @@ OPS = [
 ]
 
 pytestmark = pytest.mark.skipif(
-    not sys.platform.startswith("linux"), reason="needs Linux and g++: the lanes of a block switch stacks with ucontext"
+    not sys.platform.startswith("linux"), reason="needs Linux and g++: the lanes of a block switch stacks"
 )
 
 
@@ -103,3 +103,30 @@ def test_an_access_outside_of_an_array_is_found(module: Path) -> None:
     assert done.returncode != 0
     assert "heap-buffer-overflow" in done.stderr
     assert "normal_kernel" in done.stderr
+
+
+@pytest.fixture(scope="module", params=["", "-DCUDA_ON_CPU_UCONTEXT"], ids=["assembly", "ucontext"])
+def lanes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The program check_lanes, with either way to switch between lanes."""
+    program = tmp_path_factory.mktemp("lanes") / "check_lanes"
+    options = [*build.SANITIZERS, *([request.param] if request.param else [])]
+    source = TESTS / "cuda_on_cpu" / "check_lanes.cpp"
+    build.run([build.compiler(), "-std=c++17", "-Og", "-pthread", *options, str(source), "-o", str(program)])
+    return program
+
+
+@pytest.mark.parametrize(
+    ("fault", "found"),
+    [
+        ("none", ""),
+        ("beyond the input", r"heap-buffer-overflow(.|\n)*sum_kernel"),  # the report names the kernel
+        ("beyond shared memory", "insufficient space|global-buffer-overflow"),  # either sanitizer sees it
+        ("no barrier", "a sum is "),
+        ("lane that ends", "a shuffle after some lanes of the warp have ended"),
+        ("half a shuffle", "a barrier or shuffle was not reached by all lanes"),
+    ],
+)
+def test_faults_of_a_kernel_are_found(lanes: Path, fault: str, found: str) -> None:
+    done = subprocess.run([lanes, fault], capture_output=True, text=True, timeout=60)
+    assert (done.returncode == 0) == (fault == "none"), done.stdout + done.stderr
+    assert re.search(found, done.stdout + done.stderr), done.stdout + done.stderr

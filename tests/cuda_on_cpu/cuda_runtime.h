@@ -1,4 +1,4 @@
-// The part of the CUDA runtime and language that csrc/cuda uses, as plain C++20, so that the kernels run without a GPU.
+// The part of the CUDA runtime and language that csrc/cuda uses, as plain C++17, so that the kernels run without a GPU.
 // For tests only; found instead of CUDA's header of the same name because this folder is on the include path.
 #pragma once
 

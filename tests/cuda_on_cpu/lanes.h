@@ -9,7 +9,6 @@
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
-#include <functional>
 #include <memory>
 #include <vector>
 
@@ -22,25 +21,12 @@ constexpr int kWarp = 32;
 class Block {
  public:
   // Calls body(lane) for all lanes; body may call barrier() and the shuffles.
-  void run(int lanes, const std::function<void(int)>& body) {
+  template <typename Body>
+  void run(int lanes, const Body& body) {
     lanes_ = alive_ = lanes;
+    call_ = [](const void* it, int lane) { (*static_cast<const Body*>(it))(lane); };
     body_ = &body;
-    next_lane_ = arrived_ = 0;
-    warps_.assign(static_cast<size_t>((lanes + kWarp - 1) / kWarp), Warp{});
-    for (size_t used = 0; next_lane_ < lanes_; ++used) {
-      if (used == stacks_.size()) stacks_.push_back(std::make_unique<Stack>());
-      resume(*stacks_[used]);
-    }
-    ++runs_;
-    while (alive_ > 0) {
-      bool progress = false;
-      const size_t groups = (stacks_.size() + kWarp - 1) / kWarp;
-      for (size_t i = 0; i < groups; ++i) {
-        while (advance(runs_ % 2 == 0 ? i : groups - 1 - i))
-          progress = true;
-      }
-      if (!progress) fail("a barrier or shuffle was not reached by all lanes");
-    }
+    run_all();
   }
 
   int lane() const { return current_->lane; }
@@ -96,6 +82,25 @@ class Block {
     std::abort();
   }
 
+  void run_all() {
+    next_lane_ = arrived_ = 0;
+    warps_.assign(static_cast<size_t>((lanes_ + kWarp - 1) / kWarp), Warp{});
+    for (size_t used = 0; next_lane_ < lanes_; ++used) {
+      if (used == stacks_.size()) stacks_.push_back(std::make_unique<Stack>());
+      resume(*stacks_[used]);
+    }
+    ++runs_;
+    while (alive_ > 0) {
+      bool progress = false;
+      const size_t groups = (stacks_.size() + kWarp - 1) / kWarp;
+      for (size_t i = 0; i < groups; ++i) {
+        while (advance(runs_ % 2 == 0 ? i : groups - 1 - i))
+          progress = true;
+      }
+      if (!progress) fail("a barrier or shuffle was not reached by all lanes");
+    }
+  }
+
   // Resumes those lanes of one warp that have what they wait for; whether there were any.
   bool advance(size_t group) {
     bool progress = false;
@@ -121,7 +126,7 @@ class Block {
     for (;;) {
       while (next_lane_ < lanes_) {
         self.lane = next_lane_++;
-        (*body_)(self.lane);
+        call_(body_, self.lane);
         ++warps_[static_cast<size_t>(self.lane / kWarp)].ended;
         if (--alive_ > 0 && arrived_ == alive_) {  // lanes that have ended are not waited for
           arrived_ = 0;
@@ -141,7 +146,8 @@ class Block {
 
   std::vector<std::unique_ptr<Stack>> stacks_;
   std::vector<Warp> warps_;
-  const std::function<void(int)>* body_ = nullptr;
+  void (*call_)(const void* body, int lane) = nullptr;
+  const void* body_ = nullptr;
   Stack* current_ = nullptr;
   int lanes_ = 0, alive_ = 0, next_lane_ = 0, arrived_ = 0;
   unsigned passed_ = 0, runs_ = 0;
