@@ -42,7 +42,9 @@ int main(int, char** arguments) {
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(kBlocks);
   config.blockDim = dim3(kThreads);
-  cudaLaunchKernelEx(&config, sum_kernel, static_cast<const float*>(in), static_cast<float*>(out), std::string_view(arguments[1]));
+  cudaLaunchKernelEx(
+      &config, sum_kernel, static_cast<const float*>(in), static_cast<float*>(out), std::string_view(arguments[1])
+  );
   std::free(in);
   for (const float sum : out) {
     if (sum != 32640.0f) {

@@ -1,8 +1,8 @@
 // A function on a stack of its own that can be left and resumed: what a lane of a block runs on.
 //
 // On x86-64 a switch saves the six registers that a callee must keep, and moves the stack pointer: some nanoseconds.
-// Elsewhere it is swapcontext, which also asks the kernel for the signal mask, twice a switch, and under AddressSanitizer
-// clears the shadow of the whole stack.
+// Elsewhere it is swapcontext, which also asks the kernel for the signal mask, twice a switch, and which
+// AddressSanitizer makes clear the shadow of the whole stack.
 #pragma once
 
 #include <cstddef>
