@@ -50,7 +50,7 @@ BUDGET = {
 @pytest.fixture(scope="module")
 def compiled() -> dict:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, str(CHILD)], env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, str(CHILD)], env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
