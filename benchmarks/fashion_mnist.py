@@ -1,12 +1,14 @@
 """Training end to end on Fashion-MNIST: `ddpm-fast train`, killed and resumed, against a plain loop of as many images.
 
-    python benchmarks/fashion_mnist.py --out OUT [--images N] [--kills 2] [--samples 5000]
+    python benchmarks/fashion_mnist.py --out OUT [--images N] [--kills 2] [--samples 5000] [--seeds 3]
 
 1. `ddpm-fast train` for N images; SIGKILL at moments spread over it; the same command again until it has ended.
 2. The same network by a plain eager loop (benchmarks/plain_training.py), the same hyperparameters, as many images.
 3. Samples of both: ours by `ddpm-fast sample` in two processes without communication, the plain network's by one.
 4. Frechet distance, KID, precision and recall of both to the test images, by the features of one small classifier, and
    of real training images to the test images as a floor.
+5. The distance moves with the seed of a training run. So both are trained with further seeds (in one piece, one thread
+   each, two runs at a time; samples by the bfloat16 plan), and the report has every one of them and the means.
 
 Everything lies below OUT and is not done again when it is there; results/<machine>-fashion-mnist.json is the summary.
 """
@@ -16,6 +18,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import os
 import random
 import re
 import signal
@@ -23,6 +26,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +39,7 @@ from torch import Tensor
 
 from ddpm_fast import Sampler, Schedule, UNet, metrics
 from ddpm_fast.metrics.features import classifier
+from ddpm_fast.training.checkpoints import load_network
 from ddpm_fast.training.data import open_data
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -50,10 +56,10 @@ def command(*arguments: str, processes: int = 1) -> list[str]:
     return [sys.executable, *launcher, "-m", "ddpm_fast.cli", *arguments]
 
 
-def train_ours(run: Path, images: int, kills: int) -> dict[str, Any]:
+def train_ours(run: Path, images: int, kills: int, seed: int = 0) -> dict[str, Any]:
     """Trains, killing the process at `kills` moments; seconds are those of the processes' whole lives."""
     first = command(
-        *("train", "--data", "fashion-mnist", "--out", str(run), "--images", str(images), "--seed", "0"),
+        *("train", "--data", "fashion-mnist", "--out", str(run), "--images", str(images), "--seed", str(seed)),
         *("--model", "unet", "--model-options", f"width={WIDTH}", f"depth={DEPTH}", f"time_dim={TIME_DIM}"),
         *("--batch-size", str(BATCH), "--lr", str(LR), "--warmup", str(WARMUP), "--lr-schedule", "cosine"),
         *("--label-dropout", str(LABEL_DROPOUT), "--ema", str(EMA), "--precision", "bf16"),
@@ -83,9 +89,9 @@ def train_ours(run: Path, images: int, kills: int) -> dict[str, Any]:
     return {"lives": lives, "seconds": sum(life["seconds"] for life in lives), "images": newest(run)}
 
 
-def train_theirs(data: Any, images: int) -> dict[str, Any]:
+def train_theirs(data: Any, images: int, seed: int = 0) -> dict[str, Any]:
     """The plain loop on as many images; the network begins as one of ours would, from a seed of its own."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     return train_plainly(
         UNet(1, TIME_DIM, width=WIDTH, depth=DEPTH, num_classes=CLASSES),
         Schedule.linear(TIMESTEPS),
@@ -97,7 +103,7 @@ def train_theirs(data: Any, images: int) -> dict[str, Any]:
         warmup=WARMUP,
         label_dropout=LABEL_DROPOUT,
         ema=EMA,
-        seed=0,
+        seed=seed,
         precision=torch.bfloat16,
     )
 
@@ -117,12 +123,52 @@ def draw_ours(run: Path, out: Path, count: int) -> float:
     return time.perf_counter() - began
 
 
-def draw_plain(net: UNet, count: int) -> Tensor:
+def draw_from(net: UNet, count: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """uint8 (count, 1, 28, 28) of a network in memory, by the sampler, noise and labels of the command."""
-    sampler = Sampler(net.eval(), Schedule.linear(TIMESTEPS), fused=True, chunk=64, **SAMPLING)  # type: ignore[arg-type]
+    schedule = Schedule.linear(TIMESTEPS)
+    sampler = Sampler(net.eval(), schedule, fused=True, chunk=64, dtype=dtype, **SAMPLING)  # type: ignore[arg-type]
     labels = torch.arange(count) % CLASSES
     images: Tensor = sampler.sample(count, (1, 28, 28), seed=0, labels=labels, output="uint8", progress=False)
     return images
+
+
+def another_seed(who: str, seed: int, out: Path, images: int, count: int) -> Tensor:
+    """Samples of a network trained with `seed` on one thread; run in a process of its own, beside another."""
+    os.environ["OMP_NUM_THREADS"] = "1"  # of the processes started from here
+    torch.set_num_threads(1)
+
+    def trained() -> UNet:
+        if who == "plain eager loop":
+            data = open_data("fashion-mnist")
+            average: UNet = cached(out / f"plain{seed}.pt", lambda: train_theirs(data, images, seed))["average"]
+            return average
+        run = out / f"run{seed}"
+        if newest(run) < images:
+            train_ours(run, images, 0, seed)
+        return load_network(run).network  # type: ignore[return-value]
+
+    file = out / f"{who.split()[0]}-samples{seed}.pt"
+    samples: Tensor = cached(file, lambda: draw_from(trained(), count, torch.bfloat16))
+    return samples
+
+
+def other_seeds(seeds: range, out: Path, images: int, count: int) -> dict[str, Tensor]:
+    """By "who, seed N", the samples of both loops' networks for further seeds, two processes at a time."""
+    pairs = [(who, seed) for seed in seeds for who in ("ddpm-fast train", "plain eager loop")]
+    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
+        jobs = {f"{who}, seed {seed}": pool.submit(another_seed, who, seed, out, images, count) for who, seed in pairs}
+        return {name: job.result() for name, job in jobs.items()}
+
+
+def means(table: dict[str, dict[str, float]]) -> dict[str, Any]:
+    """Mean and values of the Frechet distance over the seeds, of both loops, and the ratio of the means."""
+    of = {
+        who: [row["frechet"] for name, row in table.items() if name.startswith(who)]
+        for who in ("ddpm-fast train", "plain eager loop")
+    }
+    mean = {who: float(np.mean(values)) for who, values in of.items()}
+    ratio = mean["ddpm-fast train"] / mean["plain eager loop"]
+    return {"frechet by seed": of, "mean": mean, "ratio of the means": ratio}
 
 
 def quality(sets: dict[str, Tensor], real: Tensor, features: Callable[[Tensor], Tensor]) -> dict[str, dict[str, float]]:
@@ -192,6 +238,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=220_000, help="to train on; default: 220000")
     parser.add_argument("--kills", type=int, default=2)
     parser.add_argument("--samples", type=int, default=5000, help="of each network; default: 5000")
+    parser.add_argument("--seeds", type=int, default=1, help="of both loops, 0, 1, ...; default: 1")
     asked = parser.parse_args()
     out: Path = asked.out
     out.mkdir(parents=True, exist_ok=True)
@@ -203,14 +250,16 @@ def main() -> None:
     ours = cached(out / "ours.pt", lambda: train_ours(run, images, asked.kills))
     plain = cached(out / "plain.pt", lambda: train_theirs(data, images))
     seconds = cached(out / "drawn.pt", lambda: draw_ours(run, samples, asked.samples))
-    theirs = cached(out / "plain_samples.pt", lambda: draw_plain(plain["average"], asked.samples))
+    theirs = cached(out / "plain_samples.pt", lambda: draw_from(plain["average"], asked.samples))
 
     drawn = torch.from_numpy(np.load(samples / "samples.npz")["arr_0"]).permute(0, 3, 1, 2).contiguous()
     sets = {
         "ddpm-fast train": drawn,
         "plain eager loop": theirs,
         "real training images": data.batch(torch.arange(asked.samples)),
+        **other_seeds(range(1, asked.seeds), out, images, asked.samples),
     }
+    table = quality(sets, test.batch(torch.arange(len(test))), classifier(data, cache=out))
     report = {
         "machine": machine.facts(torch.device("cpu")),
         "network": plain["average"].config,
@@ -225,14 +274,15 @@ def main() -> None:
             "seconds of 2 processes": seconds,
             **SAMPLING,
         },
-        "quality": quality(sets, test.batch(torch.arange(len(test))), classifier(data, cache=out)),
+        "quality": table,
+        "seeds": means(table),
         "features": "of a small classifier trained on the same data: not comparable with published FID",
     }
     results = ROOT / "benchmarks" / "results"
     name = f"{machine.slug(report['machine'])}-fashion-mnist"
     (results / f"{name}.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     curve(run, plain, ours, results / f"{name}-loss.png")
-    print(json.dumps(report["quality"], indent=1))
+    print(json.dumps({"quality": table, "seeds": report["seeds"]}, indent=1))
 
 
 if __name__ == "__main__":

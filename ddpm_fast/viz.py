@@ -1,4 +1,4 @@
-"""Pictures: grids of samples with labels, PNG and GIF. `grid` needs NumPy only, the rest Pillow."""
+"""Pictures: grids of samples with labels, PNG and GIF. `grid` needs NumPy only, plots matplotlib, the rest Pillow."""
 
 from __future__ import annotations
 
@@ -147,6 +147,23 @@ def _write_labels(
         y = top + padding + i * pitch[0] + (pitch[0] - padding) // 2
         draw.text((left // 2, y), text, font=font, fill=(ink,) * 3, anchor="mm")
     return np.asarray(image)
+
+
+def figure(columns: int = 1, *, size: tuple[float, float] = (8.0, 3.0)) -> tuple[Any, list[Any]]:
+    """A matplotlib Figure in constrained layout, without a window or pyplot's global state, and its axes side by side.
+
+    size: width and height in units of 100 pixels; `figure.savefig(path)` writes it.
+
+    Raises ImportError without matplotlib.
+    """
+    if columns < 1:
+        raise ValueError(f"columns must be at least 1, got {columns}")
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("plots need matplotlib; pip install ddpm_fast[train]") from error
+    made = Figure(figsize=size, dpi=100, layout="constrained")
+    return made, list(made.subplots(1, columns, squeeze=False)[0])
 
 
 def save_png(path: str | os.PathLike[str] | BinaryIO, picture: UInt8Array) -> None:

@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import nn
 
-from ddpm_fast.metrics import Extractor, features, frechet_distance, inception
+from ddpm_fast.metrics import Extractor, features, frechet_distance, inception, small_classifier, trained_classifier
 from ddpm_fast.metrics.evaluation import Evaluation, Part, real_parts
 from ddpm_fast.metrics.features import choose, find_inception_weights, pixels
-from ddpm_fast.metrics.small_classifier import Classifier, trained_classifier
+from ddpm_fast.metrics.small_classifier import Classifier
 from ddpm_fast.training.data import TensorData
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -49,8 +49,7 @@ def test_the_classifier_is_a_function_of_data_and_seed(cache, tmp_path):
     again = trained_classifier(data, images=1024, cache=tmp_path / "elsewhere")
     assert torch.equal(weights_of(first), weights_of(again))
     assert not torch.equal(weights_of(first), weights_of(trained_classifier(data, images=1024, seed=1)))
-    with torch.no_grad():
-        right = first(data.images).argmax(1) == data.labels
+    right = first.predict(data.images) == data.labels
     assert right.float().mean() > 0.95
     assert not first.training
     assert "2 classes" in said[0]
@@ -67,6 +66,21 @@ def test_the_classifier_is_a_function_of_data_and_seed(cache, tmp_path):
     with pytest.warns(UserWarning, match="holds no weights of the classifier that is wanted"):
         mended = trained_classifier(data, images=1024)
     assert torch.equal(weights_of(first), weights_of(mended))
+
+
+def test_predictions_are_the_likeliest_classes_whatever_the_type_and_the_number(monkeypatch):
+    data = shapes(100)
+    network = trained_classifier(data, images=1024)
+    with torch.no_grad():
+        expected = network(data.images).argmax(1)
+    assert expected.unique().tolist() == [0, 1]
+    monkeypatch.setattr(small_classifier, "_LOOKED_AT", 30)
+    for images in (data.images, data.images.float() / 127.5 - 1):
+        found = network.predict(images)
+        assert (found.dtype, found.tolist()) == (torch.int64, expected.tolist())
+    assert network.predict(data.images[:0]).shape == (0,)
+    with pytest.raises(ValueError, match=r"images must have shape \(N, 1, H, W\), got \(2, 3, 12, 12\)"):
+        network.predict(torch.zeros(2, 3, 12, 12))
 
 
 def test_a_cache_that_cannot_be_written_costs_nothing(tmp_path):

@@ -2,7 +2,6 @@
 
 import errno
 import os
-from pathlib import Path
 
 import pytest
 import torch
@@ -146,10 +145,10 @@ def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch):
     with pytest.raises(OSError, match=r"cannot write to .*checkpoints: Not a directory"):
         trainer(tmp_path / "file")
 
-    def refuse(self, *args, **options):
+    def refuse(path, *args, **options):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
-    monkeypatch.setattr(Path, "touch", refuse)  # as root, who may write anywhere, sees it
+    monkeypatch.setattr(os, "open", refuse)  # as root, who may write anywhere, sees it
     with pytest.raises(PermissionError, match=r"cannot write to .*checkpoints: Permission denied"):
         trainer(tmp_path / "other")
     assert (tmp_path / "file").read_text() == "mine"

@@ -1,6 +1,7 @@
 """Grids pixel by pixel, labels, files that open again with the frames and times asked for, bad input."""
 
 import builtins
+import sys
 
 import numpy as np
 import pytest
@@ -130,3 +131,21 @@ def test_without_pillow_plain_grids_work_and_labels_say_what_to_install(monkeypa
     assert viz.grid(IMAGES, 2).shape == (10, 10, 3)
     with pytest.raises(ImportError, match=r"pip install ddpm_fast\[images\]"):
         viz.grid(IMAGES, 2, column_labels=["0", "1"])
+
+
+def test_figure(tmp_path):
+    figure, axes = viz.figure(2, size=(4, 2.5))
+    for ax, place in zip(axes, ("left", "right"), strict=True):
+        ax.plot([0, 1], label=place)
+    figure.savefig(tmp_path / "plot.png")
+    with Image.open(tmp_path / "plot.png") as picture:
+        assert picture.size == (400, 250)
+    assert len(viz.figure()[1]) == 1
+    with pytest.raises(ValueError, match="columns must be at least 1, got 0"):
+        viz.figure(0)
+
+
+def test_figure_without_matplotlib(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ImportError, match=r"plots need matplotlib; pip install ddpm_fast\[train\]"):
+        viz.figure()

@@ -11,7 +11,7 @@ from typing import Any
 
 AUTO = "auto"
 MODELS = ("unet", "ddpm", "rms")
-SOURCES = ("fashion-mnist", "mnist", "cifar10", "digits", "folder", "npz", "idx")
+SOURCES = ("fashion-mnist", "mnist", "cifar10", "digits", "letters", "emnist-letters", "folder", "npz", "idx")
 """Named kinds of data; anything else is a path."""
 
 
@@ -47,7 +47,8 @@ class Data:
 
     source: str | None = _option(
         None,
-        "fashion-mnist, mnist, cifar10, digits, or the path of a folder of images, an .npz or an IDX file",
+        "fashion-mnist, mnist, cifar10, digits, letters, emnist-letters, or the path of a folder of images, an .npz or "
+        "an IDX file",
         flag="data",
         path=True,
     )

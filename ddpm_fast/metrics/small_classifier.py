@@ -25,6 +25,7 @@ IMAGES = 100_000  # drawn in training: some 20 s on two cores for 28 x 28
 BATCH = 128
 _SIDE = 32  # larger images are averaged down to this
 _RATE = 4e-3
+_LOOKED_AT = 1024
 _VERSION = 1  # of all of this; another number makes new files
 
 
@@ -50,6 +51,7 @@ class Classifier(nn.Module):
 
     def __init__(self, channels: int, size: tuple[int, int], outputs: int) -> None:
         super().__init__()
+        self.channels = channels
         side, width, layers = min(_SIDE, max(size)), channels, []
         for i, wider in enumerate(WIDTHS):
             stride = 2 if side > 4 and i != 2 else 1
@@ -70,8 +72,20 @@ class Classifier(nn.Module):
         return maps.mean(dim=(2, 3))
 
     def forward(self, images: Tensor) -> Tensor:
+        """(N, C, H, W), uint8 or in model range, -> logits, float32 (N, outputs)."""
         logits: Tensor = self.head(self.features(images))
         return logits
+
+    @torch.no_grad()
+    def predict(self, images: Tensor) -> Tensor:
+        """(N, C, H, W), uint8 or in model range -> the likeliest class of each, int64 (N,) on the CPU.
+
+        It looks at 1024 images at a time, on its own device. Raises ValueError for images of other channels.
+        """
+        if images.dim() != 4 or images.shape[1] != self.channels:
+            raise ValueError(f"images must have shape (N, {self.channels}, H, W), got {tuple(images.shape)}")
+        device = self.head.weight.device
+        return torch.cat([self(part.to(device)).argmax(1).cpu() for part in images.split(_LOOKED_AT)])
 
 
 def trained_classifier(

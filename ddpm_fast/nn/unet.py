@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from .convolution import conv3x3, conv_transpose2x2
+from .labels import check_labels
 
 Device = torch.device | str | int | None
 
@@ -190,17 +191,5 @@ class UNet(nn.Module):
             raise ValueError(f"t must have shape {shape}, one per image, got {tuple(t.shape)}")
         if t.dtype == torch.bool or t.is_complex():
             raise ValueError(f"t must be an integer or floating tensor, got {t.dtype}")
-        if labels is None:
-            return
-        if self.num_classes is None:
-            raise ValueError("labels were given to an unconditional UNet; build it with num_classes=K")
-        if labels.shape != t.shape:
-            raise ValueError(f"labels must have shape {tuple(t.shape)}, got {tuple(labels.shape)}")
-        if labels.dtype not in (torch.int64, torch.int32):
-            raise ValueError(f"labels must be int64 or int32, got {labels.dtype}")
-        if labels.device.type == "cpu" and not torch.compiler.is_compiling() and labels.numel():
-            low, high = int(labels.min()), int(labels.max())
-            if low < 0 or high > self.num_classes:
-                raise ValueError(
-                    f"labels must be in 0..{self.num_classes} ({self.num_classes} = no label), got {low}..{high}"
-                )
+        if labels is not None:
+            check_labels(labels, x.shape[0], self.num_classes, "UNet")

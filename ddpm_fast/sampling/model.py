@@ -78,13 +78,16 @@ def attribute(model: Model, name: str) -> Any:
 
 def sample_shape(model: Model, shape: int | Sequence[int] | None) -> tuple[int, ...]:
     """One sample's shape: as given, or from an image side and the network's channels, or all from the network."""
+    if shape is None:
+        known = attribute(model, "sample_shape")
+        shape = known if isinstance(known, tuple) else None
     channels = attribute(model, "in_channels") or attribute(model, "channels")
     if shape is None:
         shape = attribute(model, "sample_size")
         if shape is None or not isinstance(channels, int):
             raise ValueError(
-                "shape is not known: the model names no in_channels and sample_size, and no x was given; "
-                "pass the shape of one sample, shape=(C, H, W) for images or shape=(D,) for vectors"
+                "shape is not known: the model names no sample_shape, nor in_channels and sample_size, and no x was "
+                "given; pass the shape of one sample, shape=(C, H, W) for images or shape=(D,) for vectors"
             )
         sides = (shape, shape) if isinstance(shape, int) else tuple(shape)
         return (channels, *sides)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..nn import DDPMUNet, RMSNormUNet, UNet
+from ..nn import MLP, DDPMUNet, RMSNormUNet, UNet
 from ..schedule import Schedule
 from .checkpoint_file import (
     Checkpoint,
@@ -51,7 +51,7 @@ __all__ = [
 ]
 
 FOLDER = "checkpoints"  # in a run's folder
-KINDS: dict[str, type[nn.Module]] = {"UNet": UNet, "DDPMUNet": DDPMUNet, "RMSNormUNet": RMSNormUNet}
+KINDS: dict[str, type[nn.Module]] = {"UNet": UNet, "DDPMUNet": DDPMUNet, "RMSNormUNet": RMSNormUNet, "MLP": MLP}
 _SHOWN = 3  # keys named in a message before "and 17 more"
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from . import checkpoints
 from .checkpoints import Checkpoint
+from .lock import alone
 
 if TYPE_CHECKING:
     from .steps import Steps
@@ -99,15 +100,21 @@ class RunFolder:
             )
 
     def prepare(self) -> None:
-        """Makes the folder and deletes what a killed run was writing. OSError naming it where that is not allowed."""
+        """Makes the folder and deletes what a killed run was writing. OSError naming it where that is not allowed,
+        ValueError while another process trains there.
+        """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            checkpoints.remove_temporaries(self.folder)
-            probe = self.folder / ".writable"  # to be told now, not when hours of training are to be saved
-            probe.touch()
-            probe.unlink()
+            with alone(self.folder):  # opening its file tells now, not when hours of training are to be saved
+                checkpoints.remove_temporaries(self.folder)
         except OSError as error:
             raise OSError(error.errno, f"cannot write to {self.folder}: {error.strerror}") from None
+
+    def held(self) -> contextlib.AbstractContextManager[None]:
+        """Keeps other processes from training in this folder meanwhile; ValueError where one does already."""
+        with contextlib.suppress(OSError):  # what is wrong with a folder is said by the next line
+            self.folder.mkdir(parents=True, exist_ok=True)
+        return alone(self.folder)
 
     def is_due(self, images_seen: int) -> bool:
         """Whether it is time for a checkpoint."""

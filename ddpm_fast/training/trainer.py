@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import numbers
 import os
@@ -76,7 +77,7 @@ class Trainer(Steps):
     process 0.
 
     Raises ValueError and TypeError for bad arguments, before anything is changed; ValueError for a checkpoint in `out`
-    of another run, OSError where `out` cannot be written.
+    of another run and while another process trains in `out`, OSError where `out` cannot be written.
     """
 
     def __init__(
@@ -142,7 +143,8 @@ class Trainer(Steps):
         SIGTERM, SIGHUP and Ctrl-C (to any of the processes) wait until the step is taken and saved; `stopped` then
         names the signal, and after Ctrl-C KeyboardInterrupt follows. A second Ctrl-C takes effect at once. Raises
         FloatingPointError, naming the step and the last checkpoint, if the loss or gradient was not finite; OSError if
-        a checkpoint cannot be written: those that are there stay, and `train` and `save` may be called again.
+        a checkpoint cannot be written: those that are there stay, and `train` and `save` may be called again;
+        ValueError while another process trains in the same folder.
         """
         if until is not None and (isinstance(until, bool) or not isinstance(until, numbers.Integral)):
             raise TypeError(f"until must be a number of images, got {until!r}")
@@ -150,7 +152,7 @@ class Trainer(Steps):
         self.stopped = self._agreed = None
         self._call("on_start")
         try:
-            with noticed() as self._stops:
+            with self._alone(), noticed() as self._stops:
                 while self.images_seen < goal and not self._asked():
                     self.step()
                     self._save_if_due()
@@ -162,6 +164,10 @@ class Trainer(Steps):
             self._call("on_end")
         if self.stopped == "SIGINT":
             raise KeyboardInterrupt
+
+    def _alone(self) -> contextlib.AbstractContextManager[None]:
+        """No other run trains in this one's folder meanwhile; process 0 sees to it."""
+        return contextlib.nullcontext() if self._run is None or not self.world.is_main else self._run.held()
 
     def _asked(self) -> bool:
         """Whether to stop now. Several processes have agreed on it in the step before."""

@@ -10,15 +10,19 @@ from typing import Any
 
 import numpy as np
 
-from . import arrays, cifar, files, idx
+from . import arrays, cifar, files, idx, letters
 from .base import Data, TensorData, as_images
 from .folder import open_folder
 from .pictures import FITS, SUFFIXES
 
-SOURCES = ("fashion-mnist", "mnist", "cifar10", "digits", "folder", "npz", "idx")
+SOURCES = ("fashion-mnist", "mnist", "cifar10", "digits", "letters", "emnist-letters", "folder", "npz", "idx")
 SPLITS = ("train", "test")
 _DEBIAN = Path("/usr/share/datasets/fashion-mnist")
 _FASHION = ("T-shirt/top", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
+_GET = {
+    "fashion-mnist": "apt install dataset-fashion-mnist, or ",
+    "cifar10": f"download {cifar.ARCHIVE} from https://www.cs.toronto.edu/~kriz/cifar.html, and ",
+}
 
 
 def open_data(
@@ -34,9 +38,9 @@ def open_data(
     """Data to train on, of files or by its name.
 
     Args:
-        source: "fashion-mnist", "mnist", "cifar10", "digits" (scikit-learn's), or "folder", "npz", "idx" with `path`;
-            or just a path: a folder of pictures, of IDX files or of CIFAR-10's batches, an .npz, .npy, .pt,
-            .safetensors or IDX file, cifar-10-python.tar.gz.
+        source: "fashion-mnist", "mnist", "cifar10", "emnist-letters", "digits" (scikit-learn's), "letters" (A..Z,
+            rendered), or "folder", "npz", "idx" with `path`; or just a path: a folder of pictures, of IDX files or of
+            CIFAR-10's batches, an .npz, .npy, .pt, .safetensors or IDX file, cifar-10-python.tar.gz.
         path: where the source's files are. None: for a known name the folders of $DDPM_FAST_DATA, and for
             fashion-mnist where Debian's package dataset-fashion-mnist puts them.
         image_size: one number or (H, W), pixels; None: as they are.
@@ -84,16 +88,23 @@ def _load(kind: str, where: Path, split: str) -> tuple[Any, Any, Sequence[str] |
         return cifar.load(where, split)
     if kind == "digits":
         return *_digits(split), None
+    if kind == "letters":
+        return *letters.rendered(split), letters.NAMES
+    if kind == "emnist-letters":
+        return *letters.emnist(where), letters.NAMES
     return *files.load(where, split), None
 
 
 def _kind(source: str | os.PathLike[str], path: Path | None, split: str) -> tuple[str, Path, str]:
-    """How the data is read ("folder", "idx", "cifar10", "digits" or "npz" for all files of arrays), where it is, and
-    its name."""
-    if source == "digits":
+    """How the data is read ("folder", "idx", "cifar10", "digits", "letters", "emnist-letters", or "npz" for all files
+    of arrays), where it is, and its name."""
+    if source in ("digits", "letters"):
         if path is not None:
-            raise ValueError("digits come with scikit-learn: path must be None")
-        return "digits", Path(), "digits"
+            origin = "come with scikit-learn" if source == "digits" else "are rendered here"
+            raise ValueError(f"{source} {origin}: path must be None")
+        return str(source), Path(), str(source)
+    if source == "emnist-letters":
+        return str(source), letters.find_emnist(path, split), str(source)
     if source in ("fashion-mnist", "mnist", "cifar10"):
         kind = "cifar10" if source == "cifar10" else "idx"
         return kind, _known(str(source), path, split), str(source)
@@ -151,9 +162,9 @@ def _known(source: str, path: Path | None, split: str) -> Path:
             return candidate
     looked = ", ".join(map(str, candidates)) or "nowhere, for neither path nor DDPM_FAST_DATA is given"
     what = f"{cifar.ARCHIVE}, or its folder {cifar.FOLDER}" if source == "cifar10" else _idx_names(split)
-    get = "apt install dataset-fashion-mnist, or put " if source == "fashion-mnist" else "put "
+    get = _GET.get(source, "")
     raise FileNotFoundError(
-        f"no {source} data found, looked in: {looked}. To have it, {get}{what} into a folder and give it as path; "
+        f"no {source} data found, looked in: {looked}. To have it, {get}put {what} into a folder and give it as path; "
         "digits needs nothing but scikit-learn"
     )
 
