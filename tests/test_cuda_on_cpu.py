@@ -72,8 +72,8 @@ def passed(module: Path, *arguments: str, **environment: str) -> int:
 
 def test_the_op_tests_pass_with_the_cuda_kernels(module: Path) -> None:
     files = [str(TESTS / f"test_{op}.py") for op in OPS]
-    # Tests of the device fixture. opcheck looks at how an op is declared, which is the same for every backend, two tests
-    # at the C++ half, and one imports another package, for what the reference has been compared with already.
+    # Those of the device fixture, which alone brings the module in. opcheck looks at how an op is declared, the same
+    # for every backend; two tests look at the C++ half; and one imports a package that takes seconds.
     chosen = "cuda_on_cpu and not opcheck and not many_samples and not threads_change and not real_package"
     assert passed(module, *files, "-k", chosen, DDPM_FAST_TEST_BACKEND="cuda_on_cpu") > 850
 
