@@ -149,3 +149,33 @@ def test_figure_without_matplotlib(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match=r"plots need matplotlib; pip install ddpm_fast\[train\]"):
         viz.figure()
+
+
+def test_rows_of_different_lengths():
+    """As the words of a sentence, one a line."""
+    images = torch.arange(1, 6, dtype=torch.uint8)[:, None, None, None].expand(-1, 1, 4, 3)
+    shown = viz.grid(images, [2, 3], scale=2, padding=1, background=9)
+    assert shown.shape == (2 * 9 + 1, 3 * 7 + 1, 3)
+    assert shown[4::9, 3::7, 0].tolist() == [[1, 2, 9], [3, 4, 5]]
+    for columns in ([2, 2], [5, 1], []):
+        with pytest.raises(ValueError, match="columns"):
+            viz.grid(images, columns)
+    with pytest.raises(ValueError, match=r"columns must be of 5 images in all, got 4: \[2, 2\]"):
+        viz.grid(images, [2, 2])
+
+
+def test_a_caption_is_in_the_lower_right_corner():
+    """Readable on black and on white; the picture itself stays as it was."""
+    for ground in (0, 255):
+        picture = np.full((80, 120, 3), ground, np.uint8)
+        written = viz.caption(picture, "12 of 50")
+        assert (picture == ground).all()
+        rows, columns = np.nonzero((written != ground).any(axis=2))
+        assert rows.min() > 60
+        assert columns.min() > 50
+        assert rows.max() < 80
+        assert 110 < columns.max() < 120
+        assert written.min() == 0
+        assert written.max() > 200
+    with pytest.raises(ValueError, match=r"picture must be uint8 \(H, W, 3\), got uint8 \(80, 120\)"):
+        viz.caption(picture[..., 0], "12")
