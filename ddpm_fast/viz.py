@@ -1,4 +1,4 @@
-"""Pictures: grids of samples with labels, PNG and GIF. `grid` needs NumPy only, the rest Pillow."""
+"""Pictures: grids of samples with labels, PNG and GIF. `grid` needs NumPy only, plots matplotlib, the rest Pillow."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def to_uint8(images: Tensor) -> UInt8Array:
 
 def grid(
     images: Tensor | UInt8Array,
-    columns: int | None = None,
+    columns: int | Sequence[int] | None = None,
     *,
     scale: int = 1,
     padding: int = 2,
@@ -59,7 +59,8 @@ def grid(
 
     Args:
         images: what `to_uint8` takes, or the array that it returns.
-        columns: images a row; None is the smallest square that holds all.
+        columns: images a row; a list for every row's own, shorter rows beginning on the left; None is the smallest
+            square that holds all.
         scale: whole factor by which each image is enlarged.
         padding: pixels between the images and around them.
         background: grey level 0..255 of the padding and of empty places; labels contrast with it.
@@ -78,11 +79,15 @@ def grid(
         raise ValueError("images must hold at least one image, got 0")
     if columns is None:
         columns = int(np.ceil(np.sqrt(count)))
-    if columns < 1 or scale < 1 or padding < 0:
+    lengths = [columns] * max(1, -(-count // max(1, columns))) if isinstance(columns, int) else list(columns)
+    if not lengths or min(lengths) < 1 or scale < 1 or padding < 0:
         raise ValueError(
             f"columns and scale must be at least 1 and padding at least 0, got {columns}, {scale} and {padding}"
         )
-    rows = -(-count // columns)
+    if not isinstance(columns, int) and sum(lengths) != count:
+        raise ValueError(f"columns must be of {count} images in all, got {sum(lengths)}: {lengths}")
+    columns, rows = max(lengths), len(lengths)
+    places = [(row, column) for row, length in enumerate(lengths) for column in range(length)]
     for name, labels, expected in (
         ("column_labels", column_labels, columns),
         ("row_labels", row_labels, rows),
@@ -93,9 +98,9 @@ def grid(
     tiles = _enlarge(tiles, scale, resample)
     h, w = tiles.shape[1:3]
     canvas = np.full((rows * (h + padding) + padding, columns * (w + padding) + padding, 3), background, np.uint8)
-    for i, tile in enumerate(tiles):
-        top = padding + (i // columns) * (h + padding)
-        left = padding + (i % columns) * (w + padding)
+    for (row, column), tile in zip(places, tiles, strict=False):  # the last row may be short
+        top = padding + row * (h + padding)
+        left = padding + column * (w + padding)
         canvas[top : top + h, left : left + w] = tile
     if column_labels is None and row_labels is None:
         return canvas
@@ -149,31 +154,37 @@ def _write_labels(
     return np.asarray(image)
 
 
-def corner_text(picture: UInt8Array, text: str, *, corner: str = "bottom right", size: int = 14) -> UInt8Array:
-    """A copy of a uint8 (H, W, 3) picture with a short text in a corner, as a step counter in the frames of a GIF.
+def caption(picture: UInt8Array, text: str) -> UInt8Array:
+    """A copy of a uint8 (H, W, 3) picture with a text in its lower right corner, outlined so that it shows everywhere.
 
-    Args:
-        text: one line; it is light on dark corners and dark on light ones.
-        corner: "top left", "top right", "bottom left" or "bottom right".
-        size: of the letters, pixels.
-
-    Raises ValueError for another corner, and for a text that does not fit into the picture.
+    Raises ImportError without Pillow, ValueError for another kind of array.
     """
-    vertical, _, horizontal = corner.partition(" ")
-    if vertical not in ("top", "bottom") or horizontal not in ("left", "right"):
-        raise ValueError(f'corner must be "top" or "bottom" and "left" or "right", as "top left", got {corner!r}')
+    if picture.ndim != 3 or picture.shape[2] != 3 or picture.dtype != np.uint8:
+        raise ValueError(f"picture must be uint8 (H, W, 3), got {picture.dtype} {picture.shape}")
     pil = _pillow()
-    font, margin = pil.ImageFont.load_default(size), size // 3
-    width, height = int(font.getlength(text)) + 2 * margin, size + 2 * margin
-    if width > picture.shape[1] or height > picture.shape[0]:
-        raise ValueError(f"text {text!r} needs {width} x {height} pixels, got a picture of {picture.shape[1::-1]}")
-    left = 0 if horizontal == "left" else picture.shape[1] - width
-    top = 0 if vertical == "top" else picture.shape[0] - height
-    ink = 40 if picture[top : top + height, left : left + width].mean() > 127 else 225
-    image = pil.Image.fromarray(picture)
-    place = (left + width // 2, top + height // 2)
-    pil.ImageDraw.Draw(image).text(place, text, font=font, fill=(ink,) * 3, anchor="mm")
+    image = pil.Image.fromarray(picture.copy())
+    size = max(11, min(24, picture.shape[0] // 18))
+    at = (picture.shape[1] - size // 2, picture.shape[0] - size // 2)
+    font, black, white = pil.ImageFont.load_default(size), (0,) * 3, (255,) * 3
+    pil.ImageDraw.Draw(image).text(at, text, white, font, anchor="rs", stroke_width=2, stroke_fill=black)
     return np.asarray(image)
+
+
+def figure(columns: int = 1, *, size: tuple[float, float] = (8.0, 3.0)) -> tuple[Any, list[Any]]:
+    """A matplotlib Figure in constrained layout, without a window or pyplot's global state, and its axes side by side.
+
+    size: width and height in units of 100 pixels; `figure.savefig(path)` writes it.
+
+    Raises ImportError without matplotlib.
+    """
+    if columns < 1:
+        raise ValueError(f"columns must be at least 1, got {columns}")
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("plots need matplotlib; pip install ddpm_fast[train]") from error
+    made = Figure(figsize=size, dpi=100, layout="constrained")
+    return made, list(made.subplots(1, columns, squeeze=False)[0])
 
 
 def save_png(path: str | os.PathLike[str] | BinaryIO, picture: UInt8Array) -> None:

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
+import aot_sass
 import torch
-from aot_child import disassemble, meta
+from aot_child import meta
 from torch import Tensor
 
 from ddpm_fast.backends.triton import aot
@@ -161,10 +163,11 @@ def cases() -> Iterator[tuple[str, str, int, aot.Specialisation]]:
 WORDS = (r"\bfma\.", r"div\.full", r"\.approx", r"\.ftz", r"\.f64")
 
 
-def inspect(name: str, chosen: str, capability: int, launch: aot.Specialisation) -> dict[str, Any]:
+def inspect(
+    name: str, chosen: str, capability: int, launch: aot.Specialisation, compiled: Any, counts: Counter[str]
+) -> dict[str, Any]:
     """Everything that the tests assert on."""
-    compiled = launch.compile(capability)
-    counts, registers, stack = disassemble(compiled.asm["cubin"])
+    registers, stack = aot_sass.resources(compiled.asm["cubin"])
 
     def total(*prefixes: str) -> int:
         return sum(count for word, count in counts.items() if word.startswith(prefixes))
@@ -192,4 +195,7 @@ def inspect(name: str, chosen: str, capability: int, launch: aot.Specialisation)
 
 
 if __name__ == "__main__":
-    print(json.dumps([inspect(*case) for case in cases()]))
+    found = list(cases())
+    compiled = [launch.compile(capability) for _, _, capability, launch in found]
+    counts = aot_sass.instructions([(case[2], made.asm["cubin"]) for case, made in zip(found, compiled, strict=True)])
+    print(json.dumps([inspect(*case, made, count) for case, made, count in zip(found, compiled, counts, strict=True)]))

@@ -31,9 +31,14 @@ ONLY_SHIM = os.environ.get("DDPM_FAST_TEST_BACKEND") == "cuda_on_cpu"
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 sys.path.insert(0, str(Path(__file__).parent))
 
+import interpreter  # noqa: E402
+
 import ddpm_fast  # noqa: E402
 from ddpm_fast import backends  # noqa: E402
 from ddpm_fast.backends import native  # noqa: E402
+
+if not HAS_GPU and importlib.util.find_spec("triton") is not None:
+    interpreter.make_faster()
 
 # What `with torch.device(...)` redirects is looked up once: here, before a test replaces torch.empty.
 with torch.device("meta"):

@@ -9,7 +9,7 @@ import re
 import shutil
 import subprocess
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 
 CUDA = Path(__file__).resolve().parents[1] / "csrc" / "cuda"
@@ -108,6 +108,7 @@ def listing(binary: Path, *options: str) -> str:
     return subprocess.run(["c++filt"], input=text, capture_output=True, text=True, check=True).stdout
 
 
+@cache
 def read_kernels(binary: Path, arch: str | None = None) -> dict[str, Kernel]:
     """All kernels in a cubin, or those of one architecture in a library."""
     only = [] if arch is None else ["-arch", arch]

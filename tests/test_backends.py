@@ -94,10 +94,15 @@ def test_triton_without_gpu_or_interpreter_says_how_to_get_it():
 
 
 def test_environment_variable_chooses():
-    code = "import torch; from ddpm_fast import backends as b; print(b.resolve('normal', torch.zeros(1, 1)).__module__)"
-    assert child(code, DDPM_FAST_BACKEND="reference").stdout.strip() == "ddpm_fast.backends.reference"
-    wrong = child(code, DDPM_FAST_BACKEND="fast")
-    assert "unknown backend 'fast'" in wrong.stderr
+    code = (
+        "import importlib, os, torch; from ddpm_fast import backends as b\n"
+        "print(b.resolve('normal', torch.zeros(1, 1)).__module__)\n"
+        "os.environ['DDPM_FAST_BACKEND'] = 'fast'\n"
+        "importlib.reload(b).resolve('normal', torch.zeros(1, 1))\n"
+    )
+    done = child(code, DDPM_FAST_BACKEND="reference")
+    assert done.stdout.strip() == "ddpm_fast.backends.reference"
+    assert "unknown backend 'fast'" in done.stderr
 
 
 def test_import_needs_neither_triton_nor_the_extras():
@@ -108,12 +113,16 @@ def test_import_needs_neither_triton_nor_the_extras():
         f"for name in {blocked!r}: sys.modules[name] = None\n"
         "import ddpm_fast, torch\n"
         "x = ddpm_fast.normal(2, (3, 4, 4), seed=0)\n"
-        "from ddpm_fast.backends import unavailable_reason\n"
+        "from ddpm_fast.backends import triton, unavailable_reason\n"
         "print(unavailable_reason('triton', torch.device('cuda')))\n"
+        "print(triton.unavailable_reason(torch.device('cpu')), hasattr(triton, 'normal'))\n"
     )
     done = child(code, TRITON_INTERPRET="0")
     assert done.returncode == 0, done.stderr
-    assert "triton" in done.stdout
+    cuda, cpu = done.stdout.splitlines()
+    assert "triton" in cuda
+    assert "ddpm_fast[triton]" in cpu
+    assert cpu.endswith("False")
 
 
 def test_report_names_what_was_built_and_what_serves(capsys):

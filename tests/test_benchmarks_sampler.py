@@ -131,10 +131,9 @@ def test_the_benchmark_network_has_learned_something(module, name, options):
 @pytest.mark.parametrize(
     ("network", "name", "num_classes"),
     [
-        (network, name, classes)
+        (network, name, (None, 3)[(name.endswith("16")) ^ (network == "tiny")])
         for network in ("tiny", "tiny_paper")
         for name in ("F16", "F32", "S16", "S32", "E32", "E16")
-        for classes in (None, 3)
     ]
     + [("tiny", "OV16", 3), ("tiny", "OV32", None), ("tiny_paper", "OV32", None)],
 )
@@ -151,7 +150,7 @@ def test_candidates_compute_the_same_network(module, request, network, name, num
     assert record["error"] < (1e-5 if name.endswith("32") else 3e-2)
     assert candidate.flags
     # A step of so small a network is shorter than what disturbs a call on a busy machine.
-    assert max(candidate.seconds(10) for _ in range(5)) > 0
+    assert any(candidate.seconds(10) > 0 for _ in range(5))
 
 
 @pytest.mark.parametrize("name", ["E32", "E16"])

@@ -32,28 +32,38 @@ pytestmark = [
 ]
 
 
+def built_extension() -> Path | None:
+    """The installed extension, if it has the kernels for both architectures and no source has changed since."""
+    from ddpm_fast.backends import native
+
+    if native._C is None or native._C.build_info()["cuda_architectures"] != "80-real 90":
+        return None
+    extension = Path(native._C.__file__)
+    sources = [*CUDA.parent.rglob("*.*"), CUDA.parents[1] / "CMakeLists.txt"]
+    return extension if extension.stat().st_mtime > max(path.stat().st_mtime for path in sources) else None
+
+
 def compile_op(op: str, folder: Path) -> dict[str, Path]:
-    """The PTX of an op, its machine code, and that with approximate square roots and divisions. No warnings allowed."""
+    """The PTX of an op, no warnings allowed, and its machine code with approximate square roots and divisions."""
     nvcc = find_nvcc()
     assert nvcc is not None
-    files = {}
-    for arch in ARCHITECTURES:
-        ptx = files["ptx"] = folder / f"{op}.{arch}.ptx"
-        virtual = arch.replace("sm", "compute")
-        source = str(CUDA / f"{op}_cuda.cu")
-        output_of(nvcc, *FLAGS, "-Werror", "all-warnings", f"-arch={virtual}", "-ptx", source, "-o", str(ptx))
-        files[arch] = ptx.with_suffix(".cubin")
-        output_of(nvcc, f"-arch={arch}", "-cubin", str(ptx), "-o", str(files[arch]))
-    approximate = folder / f"{op}.approximate.ptx"
-    approximate.write_text(re.sub(r"\b(sqrt|div|rcp)\.rn\.f32", r"\1.approx.f32", files["ptx"].read_text()))
-    files["approximate"] = approximate.with_suffix(".cubin")
-    output_of(nvcc, f"-arch={arch}", "-cubin", str(approximate), "-o", str(files["approximate"]))
+    ptx, approximate = folder / f"{op}.ptx", folder / f"{op}.approximate.ptx"
+    source = str(CUDA / f"{op}_cuda.cu")
+    output_of(nvcc, *FLAGS, "-Werror", "all-warnings", "-arch=compute_90", "-ptx", source, "-o", str(ptx))
+    approximate.write_text(re.sub(r"\b(sqrt|div|rcp)\.rn\.f32", r"\1.approx.f32", ptx.read_text()))
+    files = {"ptx": ptx, "approximate": approximate.with_suffix(".cubin")}
+    output_of(nvcc, "-arch=sm_90", "-cubin", str(approximate), "-o", str(files["approximate"]))
+    if built_extension() is None:
+        for arch in ARCHITECTURES:
+            files[arch] = folder / f"{op}.{arch}.cubin"
+            start = [*FLAGS, source] if arch != "sm_90" else [str(ptx)]
+            output_of(nvcc, *start, f"-arch={arch}", "-cubin", "-o", str(files[arch]))
     return files
 
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Path]]:
-    """Op -> "sm_80", "sm_90", "ptx" or "approximate" -> file."""
+    """Op -> "ptx" or "approximate", and "sm_80" and "sm_90" where the extension does not have them -> file."""
     folder = tmp_path_factory.mktemp("cuda")
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         return dict(zip(OPS, pool.map(lambda op: compile_op(op, folder), OPS), strict=True))
@@ -61,11 +71,15 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Path]
 
 @pytest.fixture(scope="module")
 def kernels(built: dict[str, dict[str, Path]]) -> dict[str, dict[str, Kernel]]:
-    """Architecture -> kernel name -> kernel."""
-    return {
-        arch: {name: kernel for op in OPS for name, kernel in read_kernels(built[op][arch]).items()}
-        for arch in [*ARCHITECTURES, "approximate"]
-    }
+    """Architecture -> kernel name -> kernel: those of the extension, which need not be compiled a second time."""
+
+    def those_of(arch: str) -> dict[str, Kernel]:
+        extension = built_extension()
+        if extension is not None and arch in ARCHITECTURES:
+            return read_kernels(extension, arch)
+        return {name: kernel for op in OPS for name, kernel in read_kernels(built[op][arch]).items()}
+
+    return {arch: those_of(arch) for arch in [*ARCHITECTURES, "approximate"]}
 
 
 @pytest.mark.parametrize("op", OPS)

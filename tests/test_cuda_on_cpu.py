@@ -31,7 +31,7 @@ OPS = [
 ]
 
 pytestmark = pytest.mark.skipif(
-    not sys.platform.startswith("linux"), reason="needs Linux and g++: the lanes of a block switch stacks with ucontext"
+    not sys.platform.startswith("linux"), reason="needs Linux and g++: the lanes of a block switch stacks"
 )
 
 
@@ -72,9 +72,10 @@ def passed(module: Path, *arguments: str, **environment: str) -> int:
 
 def test_the_op_tests_pass_with_the_cuda_kernels(module: Path) -> None:
     files = [str(TESTS / f"test_{op}.py") for op in OPS]
-    # opcheck looks at how an op is declared, which is the same for every backend, and two tests at the C++ half.
-    left_out = "not opcheck and not many_samples and not threads_change"
-    assert passed(module, *files, "-k", left_out, DDPM_FAST_TEST_BACKEND="cuda_on_cpu") > 500
+    # Those of the device fixture, which alone brings the module in. opcheck looks at how an op is declared, the same
+    # for every backend; two tests look at the C++ half; and one imports a package that takes seconds.
+    chosen = "cuda_on_cpu and not opcheck and not many_samples and not threads_change and not real_package"
+    assert passed(module, *files, "-k", chosen, DDPM_FAST_TEST_BACKEND="cuda_on_cpu") > 850
 
 
 def test_the_kernels_equal_the_cpp_half(module: Path) -> None:
@@ -103,3 +104,30 @@ def test_an_access_outside_of_an_array_is_found(module: Path) -> None:
     assert done.returncode != 0
     assert "heap-buffer-overflow" in done.stderr
     assert "normal_kernel" in done.stderr
+
+
+@pytest.fixture(scope="module", params=["", "-DCUDA_ON_CPU_UCONTEXT"], ids=["assembly", "ucontext"])
+def lanes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The program check_lanes, with either way to switch between lanes."""
+    program = tmp_path_factory.mktemp("lanes") / "check_lanes"
+    options = [*build.SANITIZERS, *([request.param] if request.param else [])]
+    source = TESTS / "cuda_on_cpu" / "check_lanes.cpp"
+    build.run([build.compiler(), "-std=c++17", "-Og", "-pthread", *options, str(source), "-o", str(program)])
+    return program
+
+
+@pytest.mark.parametrize(
+    ("fault", "found"),
+    [
+        ("none", ""),
+        ("beyond the input", r"heap-buffer-overflow(.|\n)*sum_kernel"),  # the report names the kernel
+        ("beyond shared memory", "insufficient space|global-buffer-overflow"),  # either sanitizer sees it
+        ("no barrier", "a sum is "),
+        ("lane that ends", "a shuffle after some lanes of the warp have ended"),
+        ("half a shuffle", "a barrier or shuffle was not reached by all lanes"),
+    ],
+)
+def test_faults_of_a_kernel_are_found(lanes: Path, fault: str, found: str) -> None:
+    done = subprocess.run([lanes, fault], capture_output=True, text=True, timeout=60)
+    assert (done.returncode == 0) == (fault == "none"), done.stdout + done.stderr
+    assert re.search(found, done.stdout + done.stderr), done.stdout + done.stderr

@@ -201,6 +201,9 @@ def test_channels_last():
 @pytest.mark.parametrize("name", ["plain", "scale_shift"])
 def test_traces_as_one_graph(name):
     config = config_of(name)
+    if name == "plain":  # what is traced differently is within a block: one stage of them, of two in the other
+        one = {key: config[key][-1:] for key in ("block_out_channels", "down_block_types")}
+        config = {**config, **one, "up_block_types": config["up_block_types"][:1]}
     net = shaken(DDPMUNet(**config))
     x, t, _ = inputs_of(config)
     compiled = torch.compile(net, fullgraph=True, backend="aot_eager")

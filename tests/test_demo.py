@@ -239,6 +239,15 @@ def test_plain_unet_is_the_unet():
     x, t, labels = torch.randn(4, 1, 16, 16), torch.tensor([0, 5, 500, 999]), torch.tensor([0, 3, 9, 10])
     with torch.no_grad():
         torch.testing.assert_close(textbook.plain_unet(net, x, t, labels), net(x, t, labels), rtol=1e-5, atol=1e-6)
+        net = ddpm_fast.UNet(1, 16, width=4, depth=3).eval()
+        torch.testing.assert_close(textbook.plain_unet(net, x, t), net(x, t), rtol=1e-5, atol=1e-6)
+
+
+def test_comparison_of_nothing():
+    with pytest.raises(ValueError, match="n must be at least 1 image to compare, got 0"):
+        measure.compare_speed(
+            ddpm_fast.UNet(1, 16, width=4, depth=1), ddpm_fast.Schedule.linear(10), (1, 4, 4), n=0, seed=0
+        )
 
 
 def test_textbook_loop_is_the_formula():

@@ -340,14 +340,14 @@ def test_on_a_gpu_too(lucidrains, steps) -> None:
 def test_a_thousand_steps_of_a_trained_network(lucidrains) -> None:
     """The image, in bytes, is at most one level apart at any pixel."""
     torch.manual_seed(0)
-    net = lucidrains.Unet(16, dim_mults=(1, 2), attn_dim_head=8, attn_heads=2, channels=1)
+    net = lucidrains.Unet(16, dim_mults=(1,), attn_dim_head=8, attn_heads=1, channels=1)
     ours = GaussianDiffusion(net, image_size=8)
     y, x = torch.meshgrid(torch.linspace(-1, 1, 8), torch.linspace(-1, 1, 8), indexing="ij")
     centre = torch.rand(64, 2, 1, 1) - 0.5
     blobs = torch.exp(-6 * ((x - centre[:, :1]) ** 2 + (y - centre[:, 1:]) ** 2))
-    optimiser = torch.optim.Adam(net.parameters(), lr=2e-3)
+    optimiser = torch.optim.Adam(net.parameters(), lr=4e-3)
     losses = []
-    for _ in range(60):
+    for _ in range(100):
         loss = ours(blobs[torch.randint(64, (16,))])
         optimiser.zero_grad()
         loss.backward()
@@ -356,8 +356,8 @@ def test_a_thousand_steps_of_a_trained_network(lucidrains) -> None:
     assert np.mean(losses[-10:]) < 0.3 * losses[0]
     theirs = lucidrains.GaussianDiffusion(net, image_size=8)
     net.eval()
-    expected = seeded(lambda: theirs.sample(4))
-    got = seeded(lambda: ours.sample(4, generator=DEFAULT))
+    expected = seeded(lambda: theirs.sample(2))
+    got = seeded(lambda: ours.sample(2, generator=DEFAULT))
     assert expected.clamp(0, 1).std() > 0.1  # pictures of something
 
     def pixels(image):

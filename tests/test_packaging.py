@@ -10,6 +10,7 @@ import tarfile
 import zipfile
 from pathlib import Path
 
+import pybind11
 import pytest
 
 ROOT = Path(__file__).parent.parent
@@ -94,9 +95,14 @@ def test_wheel_without_nvcc(tmp_path, monkeypatch):
     assert "served by native" in report
     assert "torch" not in linked(extension)
 
+    # What pip would run, without another isolated environment.
+    place = {"PATH": os.pathsep.join([str(Path(sys.executable).parent), environment["PATH"]])}
     required = subprocess.run(
-        [sys.executable, "-m", "pip", "wheel", "--no-deps", "-w", str(tmp_path), str(tmp_path / "out" / "source")],
-        env={**os.environ, **environment, "DDPM_FAST_CUDA": "ON"},
+        [
+            *("cmake", "-G", "Ninja", "-S", str(tmp_path / "out" / "source"), "-B", str(tmp_path / "required")),
+            *(f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}"),
+        ],
+        env={**os.environ, **environment, **place, "DDPM_FAST_CUDA": "ON"},
         capture_output=True,
         text=True,
         check=False,

@@ -62,7 +62,7 @@ SHARED = {90: 227 * 1024, 80: 163 * 1024}
 @pytest.fixture(scope="module")
 def kernels() -> list[dict]:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, str(CHILD)], env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, str(CHILD)], env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 

@@ -1,6 +1,7 @@
 """Grids pixel by pixel, labels, files that open again with the frames and times asked for, bad input."""
 
 import builtins
+import sys
 
 import numpy as np
 import pytest
@@ -64,19 +65,6 @@ def test_labels_are_written_beside_the_images(background):
     assert not ink[:top, :left].any()
 
 
-@pytest.mark.parametrize("background", [0, 255])
-@pytest.mark.parametrize("corner", ["top left", "top right", "bottom left", "bottom right"])
-def test_text_goes_into_its_corner_and_nowhere_else(corner, background):
-    picture = np.full((60, 120, 3), background, np.uint8)
-    before = picture.copy()
-    written = viz.corner_text(picture, "7/50", corner=corner, size=12)
-    assert np.array_equal(picture, before)
-    rows, columns = np.nonzero(np.abs(written[..., 0].astype(int) - background) > 150)  # legible
-    assert len(rows) > 20
-    assert rows.max() < 20 if "top" in corner else rows.min() >= 40
-    assert columns.max() < 40 if "left" in corner else columns.min() >= 80
-
-
 def test_files_open_again(tmp_path):
     frames = [viz.grid(torch.full((4, 1, 8, 8), v), 2) for v in (-1.0, -0.2, 0.4, 1.0)]
     viz.save_png(tmp_path / "a.png", frames[1])
@@ -119,8 +107,6 @@ IMAGES = torch.zeros(4, 1, 2, 2)
         (lambda p: viz.grid(IMAGES, 2, resample="cubic"), ValueError, '"nearest" or "lanczos", got \'cubic\''),
         (lambda p: viz.grid(IMAGES, 2, column_labels=["1"]), ValueError, "column_labels must hold 2 texts, got 1"),
         (lambda p: viz.grid(IMAGES, 2, row_labels=["1"]), ValueError, "row_labels must hold 2 texts, got 1"),
-        (lambda p: viz.corner_text(viz.grid(IMAGES), "1", corner="left"), ValueError, "as \"top left\", got 'left'"),
-        (lambda p: viz.corner_text(viz.grid(IMAGES), "1"), ValueError, "pixels, got a picture of (10, 10)"),
         (lambda p: viz.save_gif(p, []), ValueError, "at least one picture, got 0"),
         (lambda p: viz.save_gif(p, [viz.grid(IMAGES), viz.grid(IMAGES, 1)]), ValueError, "one shape"),
         (lambda p: viz.save_gif(p, [viz.grid(IMAGES)], fps=0), ValueError, "fps must be in (0, 50]"),
@@ -145,3 +131,51 @@ def test_without_pillow_plain_grids_work_and_labels_say_what_to_install(monkeypa
     assert viz.grid(IMAGES, 2).shape == (10, 10, 3)
     with pytest.raises(ImportError, match=r"pip install ddpm_fast\[images\]"):
         viz.grid(IMAGES, 2, column_labels=["0", "1"])
+
+
+def test_figure(tmp_path):
+    figure, axes = viz.figure(2, size=(4, 2.5))
+    for ax, place in zip(axes, ("left", "right"), strict=True):
+        ax.plot([0, 1], label=place)
+    figure.savefig(tmp_path / "plot.png")
+    with Image.open(tmp_path / "plot.png") as picture:
+        assert picture.size == (400, 250)
+    assert len(viz.figure()[1]) == 1
+    with pytest.raises(ValueError, match="columns must be at least 1, got 0"):
+        viz.figure(0)
+
+
+def test_figure_without_matplotlib(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ImportError, match=r"plots need matplotlib; pip install ddpm_fast\[train\]"):
+        viz.figure()
+
+
+def test_rows_of_different_lengths():
+    """As the words of a sentence, one a line."""
+    images = torch.arange(1, 6, dtype=torch.uint8)[:, None, None, None].expand(-1, 1, 4, 3)
+    shown = viz.grid(images, [2, 3], scale=2, padding=1, background=9)
+    assert shown.shape == (2 * 9 + 1, 3 * 7 + 1, 3)
+    assert shown[4::9, 3::7, 0].tolist() == [[1, 2, 9], [3, 4, 5]]
+    for columns in ([2, 2], [5, 1], []):
+        with pytest.raises(ValueError, match="columns"):
+            viz.grid(images, columns)
+    with pytest.raises(ValueError, match=r"columns must be of 5 images in all, got 4: \[2, 2\]"):
+        viz.grid(images, [2, 2])
+
+
+def test_a_caption_is_in_the_lower_right_corner():
+    """Readable on black and on white; the picture itself stays as it was."""
+    for ground in (0, 255):
+        picture = np.full((80, 120, 3), ground, np.uint8)
+        written = viz.caption(picture, "12 of 50")
+        assert (picture == ground).all()
+        rows, columns = np.nonzero((written != ground).any(axis=2))
+        assert rows.min() > 60
+        assert columns.min() > 50
+        assert rows.max() < 80
+        assert 110 < columns.max() < 120
+        assert written.min() == 0
+        assert written.max() > 200
+    with pytest.raises(ValueError, match=r"picture must be uint8 \(H, W, 3\), got uint8 \(80, 120\)"):
+        viz.caption(picture[..., 0], "12")

@@ -54,11 +54,12 @@ def speed_table(speed: dict[str, Any]) -> str:
         cells = [cell.rjust(width) for cell, width in zip(rest, widths[1:], strict=True)]
         lines.append("  ".join([first.ljust(widths[0]), *cells]))
     runs = len(rows[0]["seconds"])
+    times = "one run" if runs == 1 else f"median of {runs} runs"
     note = (
-        f"(The same {images} images, {speed['steps']} steps, from the same noise; median of {runs} "
-        "runs each, in turns; the eager loop finds its noise ready, Sampler draws its own within "
-        "the time. Most of the time is the network's: Sampler alone runs it layer by layer as the "
-        "eager loop does, fused=True runs the fused plan. The difference is that of the images, "
-        "in [-1, 1], after all steps.)"
+        f"(The same {images} images, {speed['steps']} steps, from the same noise; {times} each, in "
+        "turns; the eager loop finds its noise ready, Sampler draws its own within the time. Most "
+        "of the time is the network's: Sampler alone runs it layer by layer as the eager loop does, "
+        "fused=True runs the fused plan. The difference is that of the images, in [-1, 1], after "
+        "all steps.)"
     )
     return "\n".join([*lines, *textwrap.wrap(note, 110)])

@@ -1,4 +1,4 @@
-"""The baseline of the demo's table: the tutorial's network and reverse loop in plain eager PyTorch.
+"""The baseline of the demo and of examples/tutorial.py: the tutorial's network and loop in plain eager PyTorch.
 
 Nothing of ddpm_fast runs here; only the weights and the schedule's numbers are shared.
 """
@@ -22,16 +22,18 @@ def _block(block: Any, x: Tensor, t_emb: Tensor) -> Tensor:
     return F.silu(block.norm2(block.conv2(h)))
 
 
-def plain_unet(unet: nn.Module, x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
-    """The forward pass of a class-conditional `ddpm_fast.UNet`, on its own layers, in plain torch.
+def plain_unet(unet: nn.Module, x: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
+    """The forward pass of a `ddpm_fast.UNet`, on its own layers, in plain torch.
 
-    x (N, C, H, W), t (N,), labels (N,) -> (N, C, H, W).
+    x (N, C, H, W), t (N,), labels (N,) if the network is class-conditional -> (N, C, H, W).
     """
     net: Any = unet
     half = net.time_dim // 2
     rate = math.log(10000) / (half - 1)
     angles = t[:, None].float() * torch.exp(torch.arange(half, device=t.device) * -rate)
-    t_emb = torch.cat([torch.sin(angles), torch.cos(angles)], dim=-1) + net.label_embedding(labels)
+    t_emb = torch.cat([torch.sin(angles), torch.cos(angles)], dim=-1)
+    if labels is not None:
+        t_emb = t_emb + net.label_embedding(labels)
     levels = range(1, net.depth + 1)
     skips = []
     for i in levels:

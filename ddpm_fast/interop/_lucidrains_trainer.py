@@ -61,7 +61,7 @@ class Trainer:
         fid_features: images (N, 3, H, W) in [0, 1] -> features (N, D), instead of Inception's.
 
     Attributes: model, ema, opt, ds, dl (endless iterator over batches), step, device, channels, image_size, batch_size
-    and the arguments of the same names.
+    and the arguments of the same names; and `losses`, ours: the loss of each step that this Trainer has taken.
 
     Raises ValueError and TypeError for bad arguments, FileNotFoundError for a missing folder, ImportError for a missing
     package, all before anything is written.
@@ -136,6 +136,7 @@ class Trainer:
             precision=precision,
         )
         self.step = 0
+        self.losses: list[float] = []
         self.results_folder.mkdir(parents=True, exist_ok=True)
 
     def train(self) -> None:
@@ -149,6 +150,7 @@ class Trainer:
             while self.step < self.train_num_steps:
                 with uninterrupted():
                     loss = self._one_step()
+                    self.losses.append(loss)
                     self.step += 1
                 bar.set_description(f"loss: {loss:.4f}", refresh=False)
                 if self.step % self.save_and_sample_every == 0:

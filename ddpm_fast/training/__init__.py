@@ -1,5 +1,6 @@
 """Training: the Trainer, its data, steps, the average of the weights, checkpoint files."""
 
+from .best import BestEpoch
 from .data import Data, TensorData, as_data, open_data
 from .ema import EMA
 from .images import ImageFolder, loader
@@ -8,6 +9,7 @@ from .trainer import StepReport, Trainer
 
 __all__ = [
     "EMA",
+    "BestEpoch",
     "Data",
     "ImageFolder",
     "Loop",

@@ -39,7 +39,7 @@ def compiler() -> str | None:
 
 def run(*command: str | Path) -> str:
     """Run a command; its output. What it says when it fails becomes the error."""
-    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=600)
     if done.returncode != 0:
         raise RuntimeError(f"{' '.join(map(str, command))}\n{done.stdout}{done.stderr}")
     return done.stdout

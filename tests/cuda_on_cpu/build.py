@@ -45,7 +45,7 @@ def flags(sanitize: bool) -> list[str]:
     import pybind11
 
     return [
-        *("-std=c++20", "-O1", "-fPIC", "-fvisibility=hidden", "-pthread"),
+        *("-std=c++17", "-Og", "-fPIC", "-fvisibility=hidden", "-pthread"),
         *("-ffp-contract=off", "-fno-math-errno", "-fno-strict-aliasing"),
         *("-DDDPM_FAST_HAS_CUDA", "-DDDPM_FAST_NO_CLONES", f"-DDDPM_FAST_MODULE_NAME={MODULE}"),
         f"-DDDPM_FAST_MAX_THREADS={MAX_THREADS}",

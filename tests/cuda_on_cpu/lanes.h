@@ -6,19 +6,13 @@
 // every time. A barrier that not all lanes reach ends the process.
 #pragma once
 
-#include <ucontext.h>
-
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
-#include <cstring>
-#include <functional>
 #include <memory>
 #include <vector>
 
-#if defined(__SANITIZE_ADDRESS__)
-#include <sanitizer/common_interface_defs.h>
-#endif
+#include "fiber.h"
 
 namespace cuda_on_cpu {
 
@@ -27,25 +21,12 @@ constexpr int kWarp = 32;
 class Block {
  public:
   // Calls body(lane) for all lanes; body may call barrier() and the shuffles.
-  void run(int lanes, const std::function<void(int)>& body) {
+  template <typename Body>
+  void run(int lanes, const Body& body) {
     lanes_ = alive_ = lanes;
+    call_ = [](const void* it, int lane) { (*static_cast<const Body*>(it))(lane); };
     body_ = &body;
-    next_lane_ = arrived_ = 0;
-    warps_.assign(static_cast<size_t>((lanes + kWarp - 1) / kWarp), Warp{});
-    for (size_t used = 0; next_lane_ < lanes_; ++used) {
-      if (used == stacks_.size()) stacks_.push_back(std::make_unique<Stack>());
-      resume(*stacks_[used]);
-    }
-    ++runs_;
-    while (alive_ > 0) {
-      bool progress = false;
-      const size_t groups = (stacks_.size() + kWarp - 1) / kWarp;
-      for (size_t i = 0; i < groups; ++i) {
-        while (advance(runs_ % 2 == 0 ? i : groups - 1 - i))
-          progress = true;
-      }
-      if (!progress) fail("a barrier or shuffle was not reached by all lanes");
-    }
+    run_all();
   }
 
   int lane() const { return current_->lane; }
@@ -83,13 +64,9 @@ class Block {
   }
 
  private:
-  static constexpr size_t kStackBytes = 128 * 1024;
-
   struct Stack {
-    ucontext_t context{};
-    std::unique_ptr<char[]> memory{new char[kStackBytes]};
-    void* fake_stack = nullptr;  // AddressSanitizer's
-    bool started = false, waiting = false;
+    Fiber fiber{&Block::entry};
+    bool waiting = false;
     int lane = 0;
     const unsigned* counter = nullptr;  // what it waits for: a change of *counter from `seen`
     unsigned seen = 0;
@@ -103,6 +80,25 @@ class Block {
   [[noreturn]] static void fail(const char* what) {
     std::fprintf(stderr, "cuda_on_cpu: %s\n", what);
     std::abort();
+  }
+
+  void run_all() {
+    next_lane_ = arrived_ = 0;
+    warps_.assign(static_cast<size_t>((lanes_ + kWarp - 1) / kWarp), Warp{});
+    for (size_t used = 0; next_lane_ < lanes_; ++used) {
+      if (used == stacks_.size()) stacks_.push_back(std::make_unique<Stack>());
+      resume(*stacks_[used]);
+    }
+    ++runs_;
+    while (alive_ > 0) {
+      bool progress = false;
+      const size_t groups = (stacks_.size() + kWarp - 1) / kWarp;
+      for (size_t i = 0; i < groups; ++i) {
+        while (advance(runs_ % 2 == 0 ? i : groups - 1 - i))
+          progress = true;
+      }
+      if (!progress) fail("a barrier or shuffle was not reached by all lanes");
+    }
   }
 
   // Resumes those lanes of one warp that have what they wait for; whether there were any.
@@ -122,7 +118,7 @@ class Block {
     current_->waiting = true;
     current_->counter = &counter;
     current_->seen = counter;
-    leave(*current_);
+    current_->fiber.leave();
   }
 
   // On a stack: take lanes until there are none left, then rest until the next block.
@@ -130,75 +126,39 @@ class Block {
     for (;;) {
       while (next_lane_ < lanes_) {
         self.lane = next_lane_++;
-        (*body_)(self.lane);
+        call_(body_, self.lane);
         ++warps_[static_cast<size_t>(self.lane / kWarp)].ended;
         if (--alive_ > 0 && arrived_ == alive_) {  // lanes that have ended are not waited for
           arrived_ = 0;
           ++passed_;
         }
       }
-      leave(self);
+      self.fiber.leave();
     }
   }
 
-  static void entry(unsigned high, unsigned low) {
-    auto* block = reinterpret_cast<Block*>((static_cast<uintptr_t>(high) << 32) | low);
-    block->arrive(nullptr);
-    block->work(*block->current_);
-  }
+  static void entry();
 
   void resume(Stack& stack) {
     current_ = &stack;
-    if (!stack.started) {
-      stack.started = true;
-      getcontext(&stack.context);
-      stack.context.uc_stack.ss_sp = stack.memory.get();
-      stack.context.uc_stack.ss_size = kStackBytes;
-      const auto self = reinterpret_cast<uintptr_t>(this);
-      makecontext(
-          &stack.context, reinterpret_cast<void (*)()>(&Block::entry), 2, static_cast<unsigned>(self >> 32),
-          static_cast<unsigned>(self)
-      );
-    }
-#if defined(__SANITIZE_ADDRESS__)
-    void* fake_stack = nullptr;
-    __sanitizer_start_switch_fiber(&fake_stack, stack.memory.get(), kStackBytes);
-#endif
-    swapcontext(&home_, &stack.context);
-#if defined(__SANITIZE_ADDRESS__)
-    __sanitizer_finish_switch_fiber(fake_stack, nullptr, nullptr);
-#endif
+    stack.fiber.resume();
   }
 
-  void leave(Stack& stack) {
-#if defined(__SANITIZE_ADDRESS__)
-    __sanitizer_start_switch_fiber(&stack.fake_stack, home_bottom_, home_size_);
-#endif
-    swapcontext(&stack.context, &home_);
-    arrive(stack.fake_stack);
-  }
-
-  // First thing after a switch onto a lane's stack; learns where the scheduler's own stack is.
-  void arrive([[maybe_unused]] void* fake_stack) {
-#if defined(__SANITIZE_ADDRESS__)
-    __sanitizer_finish_switch_fiber(fake_stack, &home_bottom_, &home_size_);
-#endif
-  }
-
-  ucontext_t home_{};
-  const void* home_bottom_ = nullptr;
-  size_t home_size_ = 0;
   std::vector<std::unique_ptr<Stack>> stacks_;
   std::vector<Warp> warps_;
-  const std::function<void(int)>* body_ = nullptr;
+  void (*call_)(const void* body, int lane) = nullptr;
+  const void* body_ = nullptr;
   Stack* current_ = nullptr;
   int lanes_ = 0, alive_ = 0, next_lane_ = 0, arrived_ = 0;
   unsigned passed_ = 0, runs_ = 0;
 };
 
-inline Block& block() {
-  static thread_local Block one;
-  return one;
+// One for all threads of the process: launches take turns, see cudaLaunchKernelEx.
+inline Block block;
+
+inline void Block::entry() {
+  block.current_->fiber.arrive();
+  block.work(*block.current_);
 }
 
 }  // namespace cuda_on_cpu

@@ -19,6 +19,10 @@ SOURCES = ("fashion-mnist", "mnist", "cifar10", "digits", "letters", "emnist-let
 SPLITS = ("train", "test")
 _DEBIAN = Path("/usr/share/datasets/fashion-mnist")
 _FASHION = ("T-shirt/top", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
+_GET = {
+    "fashion-mnist": "apt install dataset-fashion-mnist, or ",
+    "cifar10": f"download {cifar.ARCHIVE} from https://www.cs.toronto.edu/~kriz/cifar.html, and ",
+}
 
 
 def open_data(
@@ -158,9 +162,9 @@ def _known(source: str, path: Path | None, split: str) -> Path:
             return candidate
     looked = ", ".join(map(str, candidates)) or "nowhere, for neither path nor DDPM_FAST_DATA is given"
     what = f"{cifar.ARCHIVE}, or its folder {cifar.FOLDER}" if source == "cifar10" else _idx_names(split)
-    get = "apt install dataset-fashion-mnist, or put " if source == "fashion-mnist" else "put "
+    get = _GET.get(source, "")
     raise FileNotFoundError(
-        f"no {source} data found, looked in: {looked}. To have it, {get}{what} into a folder and give it as path; "
+        f"no {source} data found, looked in: {looked}. To have it, {get}put {what} into a folder and give it as path; "
         "digits needs nothing but scikit-learn"
     )
 
