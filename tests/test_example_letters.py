@@ -4,6 +4,7 @@ import importlib.util
 import json
 import re
 import signal
+from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
@@ -60,6 +61,24 @@ def test_a_run(example, tmp_path, capsys):
     assert (frames[0] != frames[-1])[:60].any()
     with Image.open(tmp_path / "letters.png") as picture:
         assert picture.width > 26 * 28
+
+
+def test_letters_are_asked_for_by_label_and_read_against_it(example, tmp_path, monkeypatch):
+    """With a reader that says A to everything, one letter of 26 is right."""
+    asked = []
+    stream = ddpm_fast.Sampler.stream
+
+    def listen(self, n, *args, labels, guidance, **options):
+        asked.append((labels.tolist(), guidance))
+        return stream(self, n, *args, labels=labels, guidance=guidance, **options)
+
+    monkeypatch.setattr(ddpm_fast.Sampler, "stream", listen)
+    says_a = Namespace(predict=lambda images: torch.zeros(len(images), dtype=torch.int64))
+    monkeypatch.setattr(example.metrics, "trained_classifier", lambda data, **options: says_a)
+    assert example.main(["--out", str(tmp_path), "--text", "hi all", "--guidance", "3", *TINY]) == 0
+    assert ([7, 8, 0, 11, 11], 3.0) in asked
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["read right"] == pytest.approx({"real": 1 / 26, "decoded": 1 / 26, "drawn": 1 / 26})
 
 
 def test_the_same_seed_gives_the_same(example, tmp_path):
