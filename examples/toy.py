@@ -4,7 +4,7 @@
 
 T = 200 with betas 1e-4..0.2, and T = 1000 for the spiral; a short and a long training of it. Writes forward.png (data
 becoming noise), lines.png (mixture and ramp), spiral.png and report.json. What is measured is the energy distance to
-held-out real samples: of generated ones, of other real ones, of a kernel density estimate's. Four minutes on one core.
+held-out real samples: of generated ones, of other real ones, of a kernel density estimate's. Three minutes on one core.
 """
 
 import argparse
