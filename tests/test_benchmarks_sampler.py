@@ -131,9 +131,10 @@ def test_the_benchmark_network_has_learned_something(module, name, options):
 @pytest.mark.parametrize(
     ("network", "name", "num_classes"),
     [
-        (network, name, (None, 3)[(name.endswith("16")) ^ (network == "tiny")])
+        (network, name, classes)
         for network in ("tiny", "tiny_paper")
         for name in ("F16", "F32", "S16", "S32", "E32", "E16")
+        for classes in (None, 3)
     ]
     + [("tiny", "OV16", 3), ("tiny", "OV32", None), ("tiny_paper", "OV32", None)],
 )

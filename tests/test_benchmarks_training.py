@@ -72,3 +72,14 @@ def test_memory_is_that_of_steps(module, monkeypatch):
     monkeypatch.setattr(module("training"), "SHAPE", (3, 8, 8))
     small = module("peak_memory").main("A16", 4, CPU, OPTIONS)
     assert 0 <= small < 2**30
+
+
+def test_means_over_seeds(module):
+    """Of the Fashion-MNIST run: every seed of a loop counts once, and real images not at all."""
+    distances = {
+        "ddpm-fast train": 2.0, "plain eager loop": 4.0, "real training images": 0.1,
+        "ddpm-fast train, seed 1": 4.0, "plain eager loop, seed 1": 8.0,
+    }  # fmt: skip
+    found = module("fashion_mnist").means({name: {"frechet": value} for name, value in distances.items()})
+    assert found["frechet by seed"] == {"ddpm-fast train": [2.0, 4.0], "plain eager loop": [4.0, 8.0]}
+    assert found["ratio of the means"] == 0.5

@@ -83,9 +83,10 @@ def a_thousand_of_theirs(trained) -> torch.Tensor:
 
 
 class TestTrajectories:
-    def test_a_thousand_ddpm_steps(self, trained, a_thousand_of_theirs):
+    @pytest.mark.parametrize("our_unet", [False, True])
+    def test_a_thousand_ddpm_steps(self, trained, a_thousand_of_theirs, our_unet):
         scheduler = DDPMScheduler(variance_type="fixed_large")
-        assert_same_images(run(ours(trained), scheduler, 1000), a_thousand_of_theirs)
+        assert_same_images(run(ours(trained) if our_unet else trained, scheduler, 1000), a_thousand_of_theirs)
 
     @pytest.mark.parametrize(("our_unet", "our_scheduler"), [(False, True), (True, False), (True, True)])
     def test_fifty_ddim_steps(self, trained, our_unet, our_scheduler):

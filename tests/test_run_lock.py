@@ -125,6 +125,16 @@ def test_a_file_system_without_locks_keeps_nobody_out(tmp_path, monkeypatch):
     trainer(tmp_path).train()
 
 
+def test_a_system_without_locks_still_tries_to_write(tmp_path, monkeypatch):
+    monkeypatch.setattr(lock, "fcntl", None)
+    trainer(tmp_path).train()
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(OSError, match=r"cannot write to .*checkpoints: Not a directory"):
+        trainer(tmp_path / "file")
+    with pytest.raises(NotADirectoryError), lock.alone(tmp_path / "file"):
+        pass
+
+
 def test_the_command_says_it_in_one_line(tmp_path, somebody, capsys):
     child = somebody()
     code = main(["train", "--data", "digits", "--out", str(tmp_path), "--images", "64", "--model", "unet"])

@@ -22,11 +22,8 @@ def alone(folder: Path) -> Iterator[None]:
 
     The lock is the system's (POSIX record locks): it goes with its process, however that ends, and the workers that the
     process has started do not hold it. Its file goes at the end; what a killed process leaves of it means nothing. A
-    file system without locks keeps nobody out.
+    file system without locks keeps nobody out. OSError where the folder cannot be written.
     """
-    if fcntl is None:
-        yield
-        return
     path = folder / NAME
     file = _open_locked(path)
     try:
@@ -35,7 +32,7 @@ def alone(folder: Path) -> Iterator[None]:
             os.write(file, f"process {os.getpid()} on {platform.node()}".encode())
         yield
     finally:
-        with contextlib.suppress(OSError):  # the folder may be gone
+        with contextlib.suppress(OSError):  # the folder may be gone; Windows deletes no open file
             path.unlink()
         os.close(file)
 
@@ -43,7 +40,7 @@ def alone(folder: Path) -> Iterator[None]:
 def _open_locked(path: Path) -> int:
     """The file's number, locked, and the file still the one of that name."""
     while True:
-        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             if not _locked(file):
                 who = os.pread(file, 200, 0).decode(errors="replace") or "not known which"
@@ -61,6 +58,8 @@ def _open_locked(path: Path) -> int:
 
 def _locked(file: int) -> bool:
     """Whether the file is locked now by this process, or cannot be by any."""
+    if fcntl is None:
+        return True
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
