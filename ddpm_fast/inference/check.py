@@ -26,7 +26,7 @@ def tf32_allowed() -> bool:
     try:
         return bool(torch.backends.cudnn.allow_tf32)
     except RuntimeError:  # torch 2.9 and later, where convolutions and recurrent layers were told different things
-        return torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]
+        return bool(torch.backends.cudnn.conv.fp32_precision == "tf32")  # type: ignore[attr-defined]
 
 
 def bound_of(dtype: torch.dtype, device: torch.device) -> float:
