@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 import weakref
@@ -234,7 +235,8 @@ class Compiled:
                 self._plans.move_to_end(key)
                 return self._plans[key]
             begun = time.perf_counter()
-            plan = make(self._network, n, h, w, self.dtype, self._packs, self._modules, self.deterministic)
+            with _current(self.device):  # candidates are timed on the GPU that is current
+                plan = make(self._network, n, h, w, self.dtype, self._packs, self._modules, self.deterministic)
             self._plans[key] = plan
             self._living.add(plan)
             while len(self._plans) > KEPT_PLANS:
@@ -367,6 +369,10 @@ class Compiled:
     def __repr__(self) -> str:
         name = type(self.model).__name__
         return f"Compiled({name}, {self.dtype}, {self.device}, {len(self._plans)} plans)"
+
+
+def _current(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
