@@ -106,7 +106,7 @@ class Compiled:
         Raises ValueError for what the model itself would refuse, for a model in training mode, for x on another device
         and for x that requires a gradient.
         """
-        with self._lock, torch.inference_mode(False), torch.no_grad():
+        with self._lock, torch.inference_mode(False), torch.no_grad(), _no_autocast(self.device):
             self._look(full=False)
             check_call(self._network, x, labels, x_self_cond)
             if t.shape != x.shape[:1]:
@@ -136,7 +136,7 @@ class Compiled:
         rows: int64 [1] or [N], on `device`; nothing waits for it there. out: float32 (N, C, H, W) contiguous, written
         and returned. The weights are looked at by `refresh_if_changed`, which the caller calls once per run.
         """
-        with self._lock, torch.inference_mode(False), torch.no_grad():
+        with self._lock, torch.inference_mode(False), torch.no_grad(), _no_autocast(self.device):
             check_call(self._network, x, labels, x_self_cond)
             table, timesteps = self._check_rows(x, rows)
             shape = self._out_shape(x)
@@ -167,7 +167,7 @@ class Compiled:
         """ops.ddpm_step(x, at_rows(x, rows, labels), *steps, rows, rng, bad_row=..., x0_out=...) with the last layer in
         the same pass. For plans whose `step` is not None; x: float32, contiguous, changed in place. rows: [1].
         """
-        with self._lock, torch.inference_mode(False), torch.no_grad():
+        with self._lock, torch.inference_mode(False), torch.no_grad(), _no_autocast(self.device):
             check_call(self._network, x, labels)
             table, _ = self._check_rows(x, rows)
             plan = self.plan(x.shape[0], x.shape[2], x.shape[3])
@@ -230,7 +230,7 @@ class Compiled:
         key: tuple[object, ...] = (n, h, w)
         if self.device.type == "cpu":
             key = (*key, torch.get_num_threads(), native.isa_mask())
-        with self._lock, torch.inference_mode(False), torch.no_grad():
+        with self._lock, torch.inference_mode(False), torch.no_grad(), _no_autocast(self.device):
             if key in self._plans:
                 self._plans.move_to_end(key)
                 return self._plans[key]
@@ -256,7 +256,7 @@ class Compiled:
         writes, load_state_dict, optimiser steps, replaced or moved parameters) and on a CPU at some values of every
         tensor; a write through `.data` to other values is found by the next `refresh_if_changed`, at the latest.
         """
-        with self._lock, torch.inference_mode(False), torch.no_grad():
+        with self._lock, torch.inference_mode(False), torch.no_grad(), _no_autocast(self.device):
             network = read(self.model)
             old, new = self._network.tensors(), network.tensors()
             same = [(a.shape, a.device) for a in old] == [(b.shape, b.device) for b in new]
@@ -294,7 +294,7 @@ class Compiled:
         self._integers = None
         self._table: Tensor | None = None
         if self._timesteps is not None:
-            with torch.inference_mode(False), torch.no_grad():
+            with torch.inference_mode(False), torch.no_grad(), _no_autocast(self.device):
                 self._timesteps = self._timesteps.detach().to(self.device, copy=True)
                 self._table = self._tabulated(self._timesteps)
 
@@ -369,6 +369,13 @@ class Compiled:
     def __repr__(self) -> str:
         name = type(self.model).__name__
         return f"Compiled({name}, {self.dtype}, {self.device}, {len(self._plans)} plans)"
+
+
+def _no_autocast(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """A plan computes in its own dtype, whatever the caller's autocast says; without one this costs next to nothing."""
+    if torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return contextlib.nullcontext()
 
 
 def _current(device: torch.device) -> contextlib.AbstractContextManager[object]:
