@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 import weakref
@@ -105,7 +106,7 @@ class Compiled:
         Raises ValueError for what the model itself would refuse, for a model in training mode, for x on another device
         and for x that requires a gradient.
         """
-        with self._lock, torch.inference_mode(False), torch.no_grad():
+        with self._lock, torch.inference_mode(False), torch.no_grad(), _no_autocast(self.device):
             self._look(full=False)
             check_call(self._network, x, labels, x_self_cond)
             if t.shape != x.shape[:1]:
@@ -135,7 +136,7 @@ class Compiled:
         rows: int64 [1] or [N], on `device`; nothing waits for it there. out: float32 (N, C, H, W) contiguous, written
         and returned. The weights are looked at by `refresh_if_changed`, which the caller calls once per run.
         """
-        with self._lock, torch.inference_mode(False), torch.no_grad():
+        with self._lock, torch.inference_mode(False), torch.no_grad(), _no_autocast(self.device):
             check_call(self._network, x, labels, x_self_cond)
             table, timesteps = self._check_rows(x, rows)
             shape = self._out_shape(x)
@@ -166,7 +167,7 @@ class Compiled:
         """ops.ddpm_step(x, at_rows(x, rows, labels), *steps, rows, rng, bad_row=..., x0_out=...) with the last layer in
         the same pass. For plans whose `step` is not None; x: float32, contiguous, changed in place. rows: [1].
         """
-        with self._lock, torch.inference_mode(False), torch.no_grad():
+        with self._lock, torch.inference_mode(False), torch.no_grad(), _no_autocast(self.device):
             check_call(self._network, x, labels)
             table, _ = self._check_rows(x, rows)
             plan = self.plan(x.shape[0], x.shape[2], x.shape[3])
@@ -229,12 +230,13 @@ class Compiled:
         key: tuple[object, ...] = (n, h, w)
         if self.device.type == "cpu":
             key = (*key, torch.get_num_threads(), native.isa_mask())
-        with self._lock, torch.inference_mode(False), torch.no_grad():
+        with self._lock, torch.inference_mode(False), torch.no_grad(), _no_autocast(self.device):
             if key in self._plans:
                 self._plans.move_to_end(key)
                 return self._plans[key]
             begun = time.perf_counter()
-            plan = make(self._network, n, h, w, self.dtype, self._packs, self._modules, self.deterministic)
+            with _current(self.device):  # candidates are timed on the GPU that is current
+                plan = make(self._network, n, h, w, self.dtype, self._packs, self._modules, self.deterministic)
             self._plans[key] = plan
             self._living.add(plan)
             while len(self._plans) > KEPT_PLANS:
@@ -254,7 +256,7 @@ class Compiled:
         writes, load_state_dict, optimiser steps, replaced or moved parameters) and on a CPU at some values of every
         tensor; a write through `.data` to other values is found by the next `refresh_if_changed`, at the latest.
         """
-        with self._lock, torch.inference_mode(False), torch.no_grad():
+        with self._lock, torch.inference_mode(False), torch.no_grad(), _no_autocast(self.device):
             network = read(self.model)
             old, new = self._network.tensors(), network.tensors()
             same = [(a.shape, a.device) for a in old] == [(b.shape, b.device) for b in new]
@@ -292,7 +294,7 @@ class Compiled:
         self._integers = None
         self._table: Tensor | None = None
         if self._timesteps is not None:
-            with torch.inference_mode(False), torch.no_grad():
+            with torch.inference_mode(False), torch.no_grad(), _no_autocast(self.device):
                 self._timesteps = self._timesteps.detach().to(self.device, copy=True)
                 self._table = self._tabulated(self._timesteps)
 
@@ -367,6 +369,17 @@ class Compiled:
     def __repr__(self) -> str:
         name = type(self.model).__name__
         return f"Compiled({name}, {self.dtype}, {self.device}, {len(self._plans)} plans)"
+
+
+def _no_autocast(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """A plan computes in its own dtype, whatever the caller's autocast says; without one this costs next to nothing."""
+    if torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return contextlib.nullcontext()
+
+
+def _current(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

@@ -2,12 +2,14 @@
 
 import math
 import struct
+import subprocess
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
+from triton.errors import TritonError
 
 from ddpm_fast.backends.layout import Layout
 
@@ -59,13 +61,20 @@ _call: Callable[..., None] = call_kernel
 
 
 def launch(kernel: Any, grid: tuple[int, ...], on: Tensor, *args: Any, **constants: Any) -> None:
-    """Launch ``kernel`` on the device of ``on``. Fusing a * b + c is always off: the bits are part of the contract."""
+    """Launch ``kernel`` on the device of ``on``. Fusing a * b + c is always off: the bits are part of the contract.
+
+    RuntimeError where the kernel cannot be compiled or needs more than the device has: Triton's own errors are of no
+    class that a caller would catch.
+    """
     options = {"num_warps": NUM_WARPS, "enable_fp_fusion": False, **constants}
-    if on.is_cuda and on.device.index != torch.cuda.current_device():
-        with torch.cuda.device(on.device):
+    try:
+        if on.is_cuda and on.device.index != torch.cuda.current_device():
+            with torch.cuda.device(on.device):
+                _call(kernel, grid, args, options)
+        else:
             _call(kernel, grid, args, options)
-    else:
-        _call(kernel, grid, args, options)
+    except (TritonError, subprocess.SubprocessError, OSError) as error:  # the latter two of its C compiler and ptxas
+        raise RuntimeError(f"Triton cannot run {kernel.__name__}: {error}") from error
 
 
 def power_of_two(value: int) -> int:
