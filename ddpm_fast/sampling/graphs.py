@@ -42,9 +42,9 @@ def capture(loop: Loop) -> Replay:
         beside.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(beside):
             for _ in range(WARMUP_STEPS):
-                loop.row.zero_()  # a short step table must not be run past its end
+                loop.rows.zero_()  # a short step table must not be run past its end
                 loop.step()
-            loop.row.zero_()
+            loop.rows.zero_()
         torch.cuda.current_stream(device).wait_stream(beside)
     return record(loop, 1)
 
