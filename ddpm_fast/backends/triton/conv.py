@@ -30,7 +30,7 @@ saves a launch, longer than all of the work where there are few images, but one 
 import triton
 import triton.language as tl
 
-from . import _math
+from . import _math, _tile
 from .conv_epilogue import columns_inside, finish, pixel_of_row, target_pixel
 
 INTERPRETED = _math.INTERPRETED
@@ -142,6 +142,7 @@ def _conv_kernel(
     IMAGES: tl.constexpr,
     EVEN: tl.constexpr,
     WIDE: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """One tile. Axis 0 of the grid: column blocks (fastest, they share rows) x row blocks; axis 1: parts of the sum,
     ``span`` blocks of BLOCK_K each. weight: [TAPS x channels, QUARTERS x columns]. Strides are per pixel. count: of the
@@ -160,6 +161,7 @@ def _conv_kernel(
     weight_ptrs = weight_ptr + k[:, None] * width + (quarter * columns + column)[None, :]
     weight_mask = columns_inside(column, columns, EVEN)
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    _tile.await_previous(OVERLAP)
     if KIND == "first":
         tile = image_tile(source_ptr, image, y, x, present, h, w, channels, BLOCK_K, WIDE)
         weight = tl.load(weight_ptrs, mask=weight_mask, other=0.0)
@@ -273,8 +275,10 @@ def _reduce_kernel(
     IMAGES: tl.constexpr,
     EVEN: tl.constexpr,
     WIDE: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """Adds the parts [PARTS, rows, QUARTERS x columns] that ``_conv_kernel`` left, in order, and finishes."""
+    _tile.await_previous(OVERLAP)
     blocks = tl.cdiv(columns, BLOCK_N)
     row_block = tl.program_id(0) // (blocks * QUARTERS)
     block = tl.program_id(0) - row_block * (blocks * QUARTERS)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .conv import MAX_WARPS, _conv_kernel, _reduce_kernel
-from .launch import launch, power_of_two
+from .launch import launch_overlapping, power_of_two
 
 KINDS = ("conv", "linear", "first", "up", "doubled", "window", "point")
 """What a layer is bound as: those of conv.py, of which "linear" is its 1x1 "conv"."""
@@ -244,7 +244,7 @@ class Conv:
         if self._embedded and time_table is not None:
             tables, stride = tables_of(time_table, time_rows, label_table, label_rows)
         source = x if self._source is None else self._source
-        launch(
+        launch_overlapping(
             _conv_kernel,
             self._grid,
             self._on,
@@ -256,7 +256,7 @@ class Conv:
             **self._constants,
         )
         if self._two:
-            launch(
+            launch_overlapping(
                 _reduce_kernel,
                 self._reduce_grid,
                 self._on,
