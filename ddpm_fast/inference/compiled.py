@@ -151,7 +151,7 @@ class Compiled:
             if plan.module is not None:
                 return out.copy_(plan.module(x, timesteps.index_select(0, plan.rows), labels, x_self_cond))
             self._load(plan, labels)
-            plan.run(plan.fed(x, x_self_cond), out, *self._at_rows(plan, table))
+            plan.run(plan.fed(x, x_self_cond), out, *self._at_rows(plan, table, plan.rows))
             return out
 
     def step_at_rows(
@@ -165,17 +165,19 @@ class Compiled:
         x0_out: Tensor | None = None,
     ) -> None:
         """ops.ddpm_step(x, at_rows(x, rows, labels), *steps, rows, rng, bad_row=..., x0_out=...) with the last layer in
-        the same pass. For plans whose `step` is not None; x: float32, contiguous, changed in place. rows: [1].
+        the same pass. For plans whose `step` is not None; x: float32, contiguous, changed in place. rows: int64 [1], or
+        [N] of the same number, which the plan then reads where it is: a launch less.
         """
         with self._lock, torch.inference_mode(False), torch.no_grad(), _no_autocast(self.device):
             check_call(self._network, x, labels)
             table, _ = self._check_rows(x, rows)
             plan = self.plan(x.shape[0], x.shape[2], x.shape[3])
             assert plan.step is not None
-            plan.rows.copy_(rows)
+            if len(rows) != plan.n:
+                plan.rows.copy_(rows)
             self._load(plan, labels)
-            plan.run_all_but_last(x, *self._at_rows(plan, table))
-            plan.step(x, *steps, rows, rng, bad_row, x0_out)
+            plan.run_all_but_last(x, *self._at_rows(plan, table, rows if len(rows) == plan.n else plan.rows))
+            plan.step(x, *steps, rows[:1], rng, bad_row, x0_out)
 
     def whole_step(
         self,
@@ -303,12 +305,12 @@ class Compiled:
         time = self._network.time
         return embeddings(time, timesteps) if time.joint else table(time, timesteps)
 
-    def _at_rows(self, plan: Plan, tabulated: Tensor) -> tuple[Tensor, Tensor]:
-        """A time table, and the rows of it that belong to the images, for `plan.rows` of what was tabulated."""
+    def _at_rows(self, plan: Plan, tabulated: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """A time table, and the rows of it that belong to the images, for these rows [N] of what was tabulated."""
         if not self._network.time.joint:
-            return tabulated, plan.rows
+            return tabulated, rows
         assert plan.label_rows is not None
-        finish(self._network.time, tabulated.index_select(0, plan.rows), plan.label_rows, plan.own_table)
+        finish(self._network.time, tabulated.index_select(0, rows), plan.label_rows, plan.own_table)
         return plan.own_table, plan.own_rows
 
     def _look(self, full: bool) -> None:
@@ -349,7 +351,7 @@ class Compiled:
                 if self._integers is None or len(self._integers) <= high:
                     integers = torch.arange((high // TABLED + 1) * TABLED)
                     self._integers = self._tabulated(integers)
-                return self._at_rows(plan, self._integers)
+                return self._at_rows(plan, self._integers, plan.rows)
         embed(self._network.time, t, plan.label_rows, plan.own_table)
         return plan.own_table, plan.own_rows
 

@@ -71,9 +71,9 @@ def capture(loop: Loop) -> Replay:
         try:
             with torch.cuda.stream(beside):
                 for _ in range(WARMUP_STEPS):
-                    loop.row.zero_()  # a short step table must not be run past its end
+                    loop.rows.zero_()  # a short step table must not be run past its end
                     loop.step()
-                loop.row.zero_()
+                loop.rows.zero_()
         finally:  # after an error, too: the buffers are about to be used here
             torch.cuda.current_stream(device).wait_stream(beside)
     return record(loop, 1)

@@ -1,6 +1,7 @@
 """The one place where Triton kernels are launched, and the choice of grid and block sizes."""
 
 import math
+import os
 import struct
 import subprocess
 from collections.abc import Callable
@@ -31,6 +32,10 @@ processor of a large GPU."""
 
 INTERPRETED_QUADS = 1 << 15
 """The interpreter takes about 0.4 ms per program whatever its size, so programs are large there. Tests lower it."""
+
+OVERLAP = os.environ.get("DDPM_FAST_OVERLAP") == "1"
+"""Whether kernels of a fused plan start while the one before them ends (programmatic dependent launch, Hopper and
+later). Off, for nobody has measured it: benchmarks/NOTES.md."""
 
 MAX_GRID_Y = 65535
 MAX_ELEMENTS = 2**31 - 2**20
@@ -75,6 +80,15 @@ def launch(kernel: Any, grid: tuple[int, ...], on: Tensor, *args: Any, **constan
             _call(kernel, grid, args, options)
     except (TritonError, subprocess.SubprocessError, OSError) as error:  # the latter two of its C compiler and ptxas
         raise RuntimeError(f"Triton cannot run {kernel.__name__}: {error}") from error
+
+
+def launch_overlapping(kernel: Any, grid: tuple[int, ...], on: Tensor, *args: Any, **constants: Any) -> None:
+    """Launch a kernel that begins with `_tile.await_previous(OVERLAP)`, beside the end of the one before if OVERLAP."""
+    overlap = OVERLAP and not INTERPRETED
+    if overlap and on.is_cuda:
+        overlap = torch.cuda.get_device_capability(on.device) >= (9, 0)
+    options = {"launch_pdl": True} if overlap else {}
+    launch(kernel, grid, on, *args, OVERLAP=overlap, **options, **constants)
 
 
 def power_of_two(value: int) -> int:
