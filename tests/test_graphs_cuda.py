@@ -84,7 +84,7 @@ class StepLoop:
 
     def __init__(self, step):
         self.plan = Sampler(lambda x, t: x, LINEAR, shape=(3,))._plan(torch.device("cpu"))
-        self.row = torch.zeros(1, dtype=torch.int64)
+        self.rows = torch.zeros(1, dtype=torch.int64)
         self.step = step
 
 
