@@ -14,14 +14,15 @@ listed, and the trial checks each one and takes the fastest of all.
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
 
 from ..backends import triton as backend
-from .candidate import Candidate, Place
+from .candidate import Candidate, Frame, Place
 from .network import Layer, Output
 
 Step = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None], None]
@@ -34,6 +35,19 @@ def candidates(layer: Layer, n: int, h: int, w: int, dtype: torch.dtype, device:
     from .gpu_layers import listed
 
     return listed(layer, n, h, w, dtype, *processors(device))
+
+
+def compile_ahead(work: Iterable[tuple[Candidate, Layer, Place]], frame: Frame) -> None:
+    """Compiles the kernels of all these at once. One by one, when each is first run, a plan takes a minute to make.
+
+    What cannot serve is passed over: the trial will say so.
+    """
+    from ..backends.triton.launch import compiling_ahead
+
+    with compiling_ahead() as can:
+        for candidate, layer, place in work if can else ():
+            with contextlib.suppress(RuntimeError, ValueError, NotImplementedError):
+                candidate.prepare(layer, place)(frame)
 
 
 @functools.cache
