@@ -9,14 +9,18 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import aot_sass
 import torch
 import triton
+from aot_child import meta
 from triton.backends.compiler import GPUTarget
 from triton.compiler.compiler import max_shared_mem
 from triton.runtime import driver
 
 from ddpm_fast.backends import triton as ops
+from ddpm_fast.backends.triton import aot
 from ddpm_fast.backends.triton.conv_call import Tile
+from ddpm_fast.backends.triton.epilogue import Epilogue
 from ddpm_fast.inference import gpu
 from ddpm_fast.inference.candidate import Frame, Packs, Place
 from ddpm_fast.inference.gpu_layers import TritonConv
@@ -81,8 +85,24 @@ def place() -> tuple[Linear, Place, Frame]:
     return layer, Place(2, 8, 8, torch.bfloat16, CPU, source, target, None, 1, Packs()), frame
 
 
+def epilogue(pooled: bool) -> dict[str, Any]:
+    """What follows a convolution of 64 images of 32 x 32, compiled: registers, spills, and its accesses to memory."""
+    target = meta(64, 32, 32, 128, dtype=torch.bfloat16)[..., 64:]
+    top = meta(64, 16, 16, 64, dtype=torch.bfloat16) if pooled else None
+    finish = Epilogue(meta(64), target, pooled=top, silu=True, first_column=64)
+    with aot.recorded() as found:
+        y = meta(64, 32, 32, 64, dtype=torch.bfloat16)
+        finish(y, meta(1000, 2944), meta(64, dtype=torch.int64))
+    cubin = found[0].compile(90).asm["cubin"]
+    registers, stack = aot_sass.resources(cubin)
+    (counts,) = aot_sass.instructions([(90, cubin)])
+    spills = stack + sum(count for word, count in counts.items() if word.startswith(("LDL", "STL")))
+    memory = {word: count for word, count in counts.items() if word.startswith(("LDG", "STG"))}
+    return {"registers": registers, "spills": spills, "memory": memory}
+
+
 def main() -> dict[str, Any]:
-    result = {}
+    result: dict[str, Any] = {"epilogue": epilogue(pooled=False), "pooled epilogue": epilogue(pooled=True)}
     layer, where, frame = place()
     candidates = [TritonConv("linear", Tile(m, 32, 64)) for m in (16, 32)]
     candidates.append(TritonConv("linear", Tile(16, 32, 48)))  # refuses

@@ -53,3 +53,13 @@ def test_addresses_of_another_alignment_are_another_kernel(happened):
 
 def test_a_kernel_that_needs_more_than_the_device_has(happened):
     assert "Triton cannot run _conv_kernel: out of resource: shared memory" in happened["error"]
+
+
+@pytest.mark.parametrize("name", ["epilogue", "pooled epilogue"])
+def test_what_follows_a_convolution_is_a_pass_of_wide_accesses(happened, name):
+    found = happened[name]
+    assert found["spills"] == 0
+    assert found["registers"] <= 64  # half of a processor's threads fit at least
+    assert found["memory"]["LDG.E.128"] >= 2
+    assert found["memory"]["STG.E.128"] == 2
+    assert not {word for word in found["memory"] if word.endswith((".U16", ".U8", "LDG.E", "STG.E"))}
