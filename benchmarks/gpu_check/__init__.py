@@ -1,0 +1,1 @@
+"""What benchmarks/gpu_check.sh runs: see __main__.py."""
