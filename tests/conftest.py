@@ -107,15 +107,13 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
     name, where = request.param
     if ONLY_SHIM:
         _use_shim(monkeypatch)
-    if PTX:
-        request.getfixturevalue("compiled_kernels")
     with ddpm_fast.use_backend(name):
         yield torch.device(where)
 
 
-@pytest.fixture
+@pytest.fixture(autouse=bool(PTX))
 def compiled_kernels(monkeypatch: pytest.MonkeyPatch, module: Callable[[str], Any]) -> Iterator[None]:
-    """While a test runs, what the Triton kernels are compiled to serves CPU tensors."""
+    """With DDPM_FAST_TEST_PTX, what the Triton kernels are compiled to serves CPU tensors."""
     ptx = module("gpu_check.ptx")
     monkeypatch.setattr("ddpm_fast.backends.triton.unavailable_reason", lambda device: None)
     with ptx.launches(PTX):
