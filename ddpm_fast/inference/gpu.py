@@ -1,6 +1,7 @@
 """Implementations on NVIDIA GPUs: the kernels in backends/triton/conv.py, norm.py, rms_norm.py and conv_output.py.
 
     triton 128x64x64 split 2   convolution (3x3, 1x1, transposed) as implicit GEMM, by the tile of a program
+    triton 16x64x64 split 8 joined   the same, the parts of the sum added by the last program of a tile
     triton doubled 128x64x64   3x3 of the image with doubled pixels: 16 products for four pixels in place of 36
     triton window 64x64x64     2x2 images, 4 in -> 4 out as one dense matrix: no products with padding
     triton point 16x64x64      1x1 images: the centre tap alone

@@ -9,7 +9,7 @@ import torch
 
 from . import native
 from .candidate import Bound, Frame, Packs, Place
-from .check import serving
+from .check import serving, tf32_allowed
 from .ending import paying_step
 from .library import onednn_works
 from .module import Module, Modules
@@ -54,7 +54,7 @@ def make(
     spots = places(network, n, h, w, stored, device, packs)
     frame = frame_for(network, n, h, w, device)
     marks = tuple(signature(layer, place) for layer, place in zip(network.layers, spots, strict=True))
-    around = (torch.get_num_threads(), tuple(native.isas()), torch.backends.cudnn.allow_tf32)
+    around = (torch.get_num_threads(), tuple(native.isas()), tf32_allowed())
     key = (marks, stored, dtype, str(device), *around)
     known = None if deterministic else _measured.get(key)
     tried = min(n, max(1, TRIED_PIXELS // (h * w))) if device.type == "cpu" else n

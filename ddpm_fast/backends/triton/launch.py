@@ -1,13 +1,16 @@
 """The one place where Triton kernels are launched, and the choice of grid and block sizes."""
 
 import math
+import os
 import struct
+import subprocess
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
+from triton.errors import TritonError
 
 from ddpm_fast.backends.layout import Layout
 
@@ -29,6 +32,10 @@ processor of a large GPU."""
 
 INTERPRETED_QUADS = 1 << 15
 """The interpreter takes about 0.4 ms per program whatever its size, so programs are large there. Tests lower it."""
+
+OVERLAP = os.environ.get("DDPM_FAST_OVERLAP") == "1"
+"""Whether kernels of a fused plan start while the one before them ends (programmatic dependent launch, Hopper and
+later). Off, for nobody has measured it: benchmarks/NOTES.md."""
 
 MAX_GRID_Y = 65535
 MAX_ELEMENTS = 2**31 - 2**20
@@ -59,13 +66,29 @@ _call: Callable[..., None] = call_kernel
 
 
 def launch(kernel: Any, grid: tuple[int, ...], on: Tensor, *args: Any, **constants: Any) -> None:
-    """Launch ``kernel`` on the device of ``on``. Fusing a * b + c is always off: the bits are part of the contract."""
+    """Launch ``kernel`` on the device of ``on``. Fusing a * b + c is always off: the bits are part of the contract.
+
+    RuntimeError where the kernel cannot be compiled or needs more than the device has: Triton's own errors are of no
+    class that a caller would catch.
+    """
     options = {"num_warps": NUM_WARPS, "enable_fp_fusion": False, **constants}
-    if on.is_cuda and on.device.index != torch.cuda.current_device():
-        with torch.cuda.device(on.device):
+    try:
+        if on.is_cuda and on.device.index != torch.cuda.current_device():
+            with torch.cuda.device(on.device):
+                _call(kernel, grid, args, options)
+        else:
             _call(kernel, grid, args, options)
-    else:
-        _call(kernel, grid, args, options)
+    except (TritonError, subprocess.SubprocessError, OSError) as error:  # the latter two of its C compiler and ptxas
+        raise RuntimeError(f"Triton cannot run {kernel.__name__}: {error}") from error
+
+
+def launch_overlapping(kernel: Any, grid: tuple[int, ...], on: Tensor, *args: Any, **constants: Any) -> None:
+    """Launch a kernel that begins with `_tile.await_previous(OVERLAP)`, beside the end of the one before if OVERLAP."""
+    overlap = OVERLAP and not INTERPRETED
+    if overlap and on.is_cuda:
+        overlap = torch.cuda.get_device_capability(on.device) >= (9, 0)
+    options = {"launch_pdl": True} if overlap else {}
+    launch(kernel, grid, on, *args, OVERLAP=overlap, **options, **constants)
 
 
 def power_of_two(value: int) -> int:
