@@ -168,12 +168,13 @@ def op_blocks(device: torch.device, elements: int, dtype: torch.dtype, budget: f
     """Bytes a second of the elementwise ops: C++ or CUDA, and Triton by quads of elements per program. ValueError where
     two of them differ in a bit."""
     variants: dict[str, Callable[[Callable[[], object]], object]] = {}
+    if unavailable_reason("native", device) is None:
 
-    def native(work: Callable[[], object]) -> object:
-        with ddpm_fast.use_backend("native"):
-            return work()
+        def native(work: Callable[[], object]) -> object:
+            with ddpm_fast.use_backend("native"):
+                return work()
 
-    variants["native"] = native
+        variants["native"] = native
     if unavailable_reason("triton", device) is None:
         from ddpm_fast.backends.triton import launch
 
