@@ -38,17 +38,20 @@ PREDICTED = {
     "ops": "12 bytes an element at 90 % of the copy rate; the updates are 1 % to 3 % of a step from n = 64 on",
 }
 STRIDES = (1, graphs.STRIDE, 50)
-QUADS = (128, 256, 512, 1024)
 OPS = ("ddpm_step", "q_sample", "normal")
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What is timed. networks: (table, name, n, which candidates)."""
+    """What is timed. networks: (table, name, n, which candidates). strided: batches whose steps per graph vary.
+    elements, dtypes, quads: of the elementwise ops, and of their programs in Triton. budget: seconds of a comparison.
+    edge, copied: of the product and the copy whose rates the tables refer to."""
 
     networks: tuple[tuple[str, str, int, layer_times.Listed], ...]
     strided: tuple[int, ...]
     elements: tuple[int, ...]
+    dtypes: tuple[torch.dtype, ...]
+    quads: tuple[int, ...]
     budget: float
     edge: int
     copied: int
@@ -66,6 +69,8 @@ FULL = Plan(
     ),
     strided=(1, 64),
     elements=(2**26, 2**18),
+    dtypes=(torch.float32, torch.bfloat16),
+    quads=(128, 256, 512, 1024),
     budget=3.0,
     edge=8192,
     copied=2**30,
@@ -79,6 +84,8 @@ SMALL = Plan(
     ),
     strided=(1,),
     elements=(2**14,),
+    dtypes=(torch.bfloat16,),
+    quads=(128, 512),
     budget=0.02,
     edge=128,
     copied=2**20,
@@ -164,7 +171,9 @@ def strides(loops: Loops, n: int, budget: float) -> dict[str, Any]:
     return {"n": n, "step_seconds": {name: vars(Timing.of(values)) for name, values in rounds.items()}}
 
 
-def op_blocks(device: torch.device, elements: int, dtype: torch.dtype, budget: float) -> dict[str, Any]:
+def op_blocks(
+    device: torch.device, elements: int, dtype: torch.dtype, quads: tuple[int, ...], budget: float
+) -> dict[str, Any]:
     """Bytes a second of the elementwise ops: C++ or CUDA, and Triton by quads of elements per program. ValueError where
     two of them differ in a bit."""
     variants: dict[str, Callable[[Callable[[], object]], object]] = {}
@@ -178,15 +187,15 @@ def op_blocks(device: torch.device, elements: int, dtype: torch.dtype, budget: f
     if unavailable_reason("triton", device) is None:
         from ddpm_fast.backends.triton import launch
 
-        def triton(work: Callable[[], object], quads: int) -> object:
+        def triton(work: Callable[[], object], size: int) -> object:
             with (
                 ddpm_fast.use_backend("triton"),
-                setting(launch, "QUADS_FEW", quads),
-                setting(launch, "QUADS_MANY", quads),
+                setting(launch, "QUADS_FEW", size),
+                setting(launch, "QUADS_MANY", size),
             ):
                 return work()
 
-        variants |= {f"triton {quads}": functools.partial(triton, quads=quads) for quads in QUADS}
+        variants |= {f"triton {size}": functools.partial(triton, size=size) for size in quads}
     per_sample = 16 * 32 * 32  # of an Inputs
     result: dict[str, Any] = {"elements": elements, "dtype": str(dtype).removeprefix("torch."), "ops": {}}
     for case in (case for case in CASES if case.name in OPS):
@@ -261,9 +270,9 @@ def measure(findings: Findings) -> list[str]:
     for which in (which for which in plan.networks if which[0] == "norms"):
         layers(which)
     for elements in plan.elements:
-        for dtype in (torch.float32, torch.bfloat16):
+        for dtype in plan.dtypes:
             what = f"blocks of the ops, {elements} elements, {dtype}"
-            made = findings.attempt(what, op_blocks, device, elements, dtype, plan.budget / 6)
+            made = findings.attempt(what, op_blocks, device, elements, dtype, plan.quads, plan.budget / 6)
             if made is not None:
                 measured["ops"].append(made)
                 findings.add(**measured)
