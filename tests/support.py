@@ -26,6 +26,11 @@ TOLERANCES = {
     torch.float16: {"rtol": 2**-10, "atol": 1e-4},
     torch.float32: {"rtol": 1e-6, "atol": 1e-6},
 }
+# Of the norms: statistics are summed in another order and rounded once, a few ulp for all that they are of alike.
+# Half-width results are rounded once on either side.
+CLOSE = {**TOLERANCES, torch.float32: {"rtol": 4e-6, "atol": 4e-6}}
+# Sums of up to a thousand such values, in float32 or better.
+CLOSE_SUMS = {**TOLERANCES, torch.float32: {"rtol": 1e-5, "atol": 3e-5}}
 
 
 def in_memory(x: Tensor, kind: str) -> Tensor:
