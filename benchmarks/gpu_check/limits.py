@@ -50,8 +50,8 @@ def clocks(device: torch.device) -> dict[str, str]:
     tool = shutil.which("nvidia-smi")
     if tool is None:
         return {}
-    uuid = getattr(torch.cuda.get_device_properties(device), "uuid", None)
-    which = () if uuid is None else ("-i", f"GPU-{uuid}")
+    uuid = str(getattr(torch.cuda.get_device_properties(device), "uuid", ""))
+    which = ("-i", uuid if uuid.startswith(("GPU-", "MIG-")) else f"GPU-{uuid}") if uuid else ()
 
     def ask(fields: tuple[str, ...]) -> dict[str, str]:
         command = [tool, f"--query-gpu={','.join(fields)}", "--format=csv,noheader", *which]
