@@ -141,8 +141,8 @@ def test_a_rehearsal_proves_what_a_cpu_can(module: Any, tmp_path: Any, capsys: A
     assert module("gpu_check.loop").main(["--out", str(out), "--rehearse"]) == 0
     found = json.loads(out.read_text())
     assert (found["stage"], found["ok"], found["rehearsal"], found["failures"]) == ("loop", True, True, [])
-    assert [(row["fused"], row["graph"]) for row in found["profiles"]] == [
-        (True, True), (True, False), (False, True), (False, False),
+    assert [(row["fused"], row["graph"], row["n"]) for row in found["profiles"]] == [
+        (True, True, 2), (True, False, 2), (False, True, 2), (False, False, 2), (True, True, 1),
     ]  # fmt: skip
     assert all(row["marked"] == row["steps"] for row in found["profiles"])  # no graphs here: a call each
     bits = found["same_bits"]
@@ -208,10 +208,10 @@ def test_each_failed_proof_fails_the_run(
     assert loop.main(["--out", str(tmp_path / "x.json"), "--rehearse"]) == 1
     found = json.loads((tmp_path / "x.json").read_text())
     assert not found["ok"]
-    assert len(found["failures"]) == 4 + 1 + 1 + 1  # profiles, seconds, bits, distances
+    assert len(found["failures"]) == 5 + 1 + 1 + 1  # profiles, seconds, bits, distances
     for words in ("1 x cudaStreamSynchronize", "no fused plan", "image 0 alone: not so", "the float32 plan is 1"):
         assert any(words in line for line in found["failures"])
-    assert capsys.readouterr().out.count("FAILED") == 7
+    assert capsys.readouterr().out.count("FAILED") == 8
 
 
 def test_a_sampler_without_graphs_shares_the_plans(module: Any) -> None:
