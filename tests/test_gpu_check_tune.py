@@ -57,6 +57,7 @@ def test_a_rehearsal_times_all_that_a_cpu_has(module: Any, tmp_path: Any, capsys
     assert said.count("a model's estimate, not measured") == len(found["layers"]) + len(found["strides"]) + len(
         found["ops"]
     )
+    assert found["predicted_by_a_model"]["layers"]
     assert "programmatic dependent launch, fp8: not built" in said
 
 

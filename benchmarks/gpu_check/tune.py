@@ -231,7 +231,10 @@ def measure(findings: Findings) -> list[str]:
     bandwidth = max(copies[0]["bytes_per_second"][name] for name in ("copy", "copy by a kernel"))
     nothing = layer_times.between_events(device)
     findings.add(
-        product_flop_per_second=rate, copy_bytes_per_second=bandwidth, between_events_us=nothing, predicted=PREDICTED
+        product_flop_per_second=rate,
+        copy_bytes_per_second=bandwidth,
+        between_events_us=nothing,
+        predicted_by_a_model=PREDICTED,
     )
     findings.say(
         f"bfloat16 product {rate / 1e12:.1f} TFLOP/s, copy {bandwidth / 1e9:.0f} GB/s; of every figure of a layer "
@@ -269,7 +272,10 @@ def measure(findings: Findings) -> list[str]:
                 findings.say(last[-1])
     for which in (which for which in plan.networks if which[0] == "norms"):
         layers(which)
-    for elements in plan.elements:
+    able = any(unavailable_reason(backend, device) is None for backend in ("native", "triton"))
+    if not able:
+        findings.leave_out("blocks of the ops: neither the extension nor Triton can serve this device")
+    for elements in plan.elements if able else ():
         for dtype in plan.dtypes:
             what = f"blocks of the ops, {elements} elements, {dtype}"
             made = findings.attempt(what, op_blocks, device, elements, dtype, plan.quads, plan.budget / 6)
