@@ -61,6 +61,15 @@ def test_a_rehearsal_times_all_that_a_cpu_has(module: Any, tmp_path: Any, capsys
     assert "programmatic dependent launch, fp8: not built" in said
 
 
+def test_what_a_gpu_is_asked_to_do_is_known(module: Any) -> None:
+    tune, loop, names = module("gpu_check.tune"), module("gpu_check.loop"), module("networks").NETWORKS
+    assert {name for _, name, _, _ in tune.FULL.networks} <= set(names)
+    assert {table for table, *_ in tune.FULL.networks} == {table for table, *_ in tune.SMALL.networks}
+    assert {(name, n) for _, name, n, _ in tune.FULL.networks} >= {("tutorial", n) for n in (1, 16, 64, 256, 512)}
+    assert set(module("gpu_check.subjects").REAL.timed) == set(loop.GOALS)
+    assert set(module("gpu_check.op_blocks").OPS) <= {case.name for case in module("cases").CASES}
+
+
 def test_a_candidate_that_computes_something_else_fails_the_run(
     module: Any, times: Any, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -8,18 +8,15 @@ In the order of predicted gain. Each table says what was predicted, which is a m
 from __future__ import annotations
 
 import dataclasses
-import functools
 import sys
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from candidate import Case, Problem
-from cases import CASES, Inputs
 from ours import Ours
-from timing import Timing, interleaved_rounds, step_rounds
+from timing import Timing, step_rounds
 
-import ddpm_fast
 from ddpm_fast.backends import unavailable_reason
 from ddpm_fast.inference.plan import listed
 from ddpm_fast.sampling import graphs
@@ -28,6 +25,7 @@ from . import layer_times, limits
 from .clock import Clock, setting
 from .findings import Findings, parser, run
 from .layer_times import Row
+from .op_blocks import op_blocks
 from .subjects import LUCIDRAINS, PAPER, REAL, TINY, TUTORIAL, Loops
 
 PREDICTED = {
@@ -38,7 +36,6 @@ PREDICTED = {
     "ops": "12 bytes an element at 90 % of the copy rate; the updates are 1 % to 3 % of a step from n = 64 on",
 }
 STRIDES = (1, graphs.STRIDE, 50)
-OPS = ("ddpm_step", "q_sample", "normal")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,50 +166,6 @@ def strides(loops: Loops, n: int, budget: float) -> dict[str, Any]:
             seconds(max(STRIDES))
     rounds = step_rounds(candidates, budget=budget, turn=min(0.3, budget), most_steps=problem.T)
     return {"n": n, "step_seconds": {name: vars(Timing.of(values)) for name, values in rounds.items()}}
-
-
-def op_blocks(
-    device: torch.device, elements: int, dtype: torch.dtype, quads: tuple[int, ...], budget: float
-) -> dict[str, Any]:
-    """Bytes a second of the elementwise ops: C++ or CUDA, and Triton by quads of elements per program. ValueError where
-    two of them differ in a bit."""
-    variants: dict[str, Callable[[Callable[[], object]], object]] = {}
-    if unavailable_reason("native", device) is None:
-
-        def native(work: Callable[[], object]) -> object:
-            with ddpm_fast.use_backend("native"):
-                return work()
-
-        variants["native"] = native
-    if unavailable_reason("triton", device) is None:
-        from ddpm_fast.backends.triton import launch
-
-        def triton(work: Callable[[], object], size: int) -> object:
-            with (
-                ddpm_fast.use_backend("triton"),
-                setting(launch, "QUADS_FEW", size),
-                setting(launch, "QUADS_MANY", size),
-            ):
-                return work()
-
-        variants |= {f"triton {size}": functools.partial(triton, size=size) for size in quads}
-    per_sample = 16 * 32 * 32  # of an Inputs
-    result: dict[str, Any] = {"elements": elements, "dtype": str(dtype).removeprefix("torch."), "ops": {}}
-    for case in (case for case in CASES if case.name in OPS):
-        first: torch.Tensor | None = None
-        for name, variant in variants.items():
-            small = Inputs.make(3, dtype, device)
-            made = variant(functools.partial(case.fast, small))
-            got = made if isinstance(made, torch.Tensor) else made[0] if isinstance(made, tuple) else small.noise
-            first = got.clone() if first is None else first
-            if not torch.equal(got, first):
-                raise ValueError(f"{case.name} by {name} differs from {next(iter(variants))}")
-        inputs = Inputs.make(max(1, elements // per_sample), dtype, device)
-        moved = case.bytes_per_element(inputs.x.element_size()) * inputs.x.numel()
-        runs = {name: functools.partial(v, functools.partial(case.fast, inputs)) for name, v in variants.items()}
-        rounds = interleaved_rounds(runs, device, budget=budget)
-        result["ops"][case.name] = {name: moved / Timing.of(values).median for name, values in rounds.items()}
-    return result
 
 
 def measure(findings: Findings) -> list[str]:
