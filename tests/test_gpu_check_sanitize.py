@@ -50,7 +50,7 @@ TOOL = f"""#!{sys.executable}
 import json, os, sys, time
 arguments = sys.argv[1:]
 if arguments == ["--help"]:
-    print("  --kernel-name-exclude arg   key1=val1")
+    print("  --kernel-name-exclude arg   key1=val1   --port arg   --target-processes arg")
     sys.exit(0)
 options = dict(zip(arguments[::2], arguments[1::2]))
 tool, log = options["--tool"], options["--log-file"]
@@ -149,7 +149,9 @@ def test_all_well(fake, capsys):
     tested = [arguments for arguments, _ in calls if "pytest" in arguments]
     assert len(tested) == 3
     assert len({arguments[arguments.index("--port") + 1] for arguments in tested}) == 3
-    assert all("--kernel-name-exclude" in arguments for arguments in tested)
+    for arguments in tested:  # what the tool does not know it is not given
+        assert {word for word in arguments if word.startswith("--")} >= {"--kernel-name-exclude", "--target-processes"}
+        assert "--check-exit-code" not in arguments
     assert "memcheck-normal-native" in capsys.readouterr().out
 
 

@@ -29,7 +29,7 @@ import torch
 
 from gpu_check.children import end
 from gpu_check.sanitize_jobs import JOBS, Job, matching
-from gpu_check.workers import save
+from gpu_check.workers import save, with_path
 
 ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).resolve().parent
@@ -123,15 +123,17 @@ class Tool:
         """A command under one of the tools for at most so many seconds; its log and output are in the folder."""
         log, output = self.folder / f"{name}.tool.log", self.folder / f"{name}.log"
         log.unlink(missing_ok=True)
-        options = [
-            *("--tool", tool, "--log-file", str(log), "--error-exitcode", str(FOUND_EXIT)),
-            *("--target-processes", "application-only", "--port", str(port), "--launch-timeout", "120"),
-            *("--check-exit-code", "no"),
-            *(("--report-api-errors", "no") if tool == "memcheck" else ()),
-            *exclusions(self.help),
-        ]
-        environment = {
-            **os.environ,
+        options = ["--tool", tool, "--log-file", str(log), "--error-exitcode", str(FOUND_EXIT), *exclusions(self.help)]
+        for option, value in (
+            ("--target-processes", "application-only"),  # not the compilers that Triton starts
+            ("--check-exit-code", "no"),
+            ("--launch-timeout", "120"),
+            ("--port", str(port)),
+            ("--report-api-errors", "no" if tool == "memcheck" else ""),
+        ):
+            if value and option in self.help:  # versions differ, and an unknown option ends the tool at once
+                options += [option, value]
+        environment = with_path(os.environ) | {
             "DDPM_FAST_REQUIRE_GPU": "1",
             "PYTORCH_NO_CUDA_MEMORY_CACHING": "1",  # else an overrun ends in torch's own memory, unseen
         }
