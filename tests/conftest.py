@@ -21,7 +21,9 @@ import torch
 
 HAS_GPU = torch.cuda.is_available()
 REQUIRE_GPU = os.environ.get("DDPM_FAST_REQUIRE_GPU") == "1"
-if not HAS_GPU:
+# The Triton kernels compiled for a GPU of this capability (80, 90) and executed on the CPU (benchmarks/gpu_check/ptx).
+PTX = int(os.environ.get("DDPM_FAST_TEST_PTX", "0"))
+if not HAS_GPU and not PTX:
     os.environ["TRITON_INTERPRET"] = "1"
 
 # The CUDA kernels compiled for the CPU (tests/cuda_on_cpu): then they alone serve the op tests.
@@ -37,7 +39,7 @@ import ddpm_fast  # noqa: E402
 from ddpm_fast import backends  # noqa: E402
 from ddpm_fast.backends import native  # noqa: E402
 
-if not HAS_GPU and importlib.util.find_spec("triton") is not None:
+if not HAS_GPU and not PTX and importlib.util.find_spec("triton") is not None:
     interpreter.make_faster()
 
 # What `with torch.device(...)` redirects is looked up once: here, before a test replaces torch.empty.
@@ -81,7 +83,9 @@ def _use_shim(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native, "_target", lambda x: (0, 0))
 
 
-if ONLY_SHIM:
+if PTX:
+    SERVED = [pytest.param(("triton", "cpu"), id="triton-ptx")]
+elif ONLY_SHIM:
     SERVED = [pytest.param(("native", "cpu"), id="cuda_on_cpu")]
 else:
     SERVED = [
@@ -105,6 +109,15 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
         _use_shim(monkeypatch)
     with ddpm_fast.use_backend(name):
         yield torch.device(where)
+
+
+@pytest.fixture(autouse=bool(PTX))
+def compiled_kernels(monkeypatch: pytest.MonkeyPatch, module: Callable[[str], Any]) -> Iterator[None]:
+    """With DDPM_FAST_TEST_PTX, what the Triton kernels are compiled to serves CPU tensors."""
+    ptx = module("gpu_check.ptx")
+    monkeypatch.setattr("ddpm_fast.backends.triton.unavailable_reason", lambda device: None)
+    with ptx.launches(PTX):
+        yield
 
 
 @pytest.fixture(autouse=True)

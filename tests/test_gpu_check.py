@@ -65,7 +65,7 @@ def test_every_module_is_run_by_a_stage_and_every_stage_finds_its_module(module:
     table, folder = module("gpu_check.stages"), ROOT / "benchmarks" / "gpu_check"
     words = [word for stage in (*table.STAGES, *table.DRY_STAGES) for line in stage.commands for word in line]
     run = {word.removeprefix("gpu_check.") for word in words if word.startswith("gpu_check.")}
-    programs = {path.stem for path in folder.glob("*.py") if "__main__" in path.read_text().split("if __name__")[-1]}
+    programs = {path.stem for path in folder.glob("*.py") if 'if __name__ == "__main__"' in path.read_text()}
     assert run == programs - {"__main__"}
     for word in words:
         if word.startswith("{root}"):

@@ -13,7 +13,7 @@ import torch
 from inference_models import inputs, make_unet, measured_anew, one_thread
 
 from ddpm_fast import __main__, inference
-from ddpm_fast.inference import native
+from ddpm_fast.inference import check, native
 
 pytestmark = pytest.mark.usefixtures(one_thread.__name__, measured_anew.__name__)
 
@@ -122,3 +122,20 @@ def test_lesser_instruction_sets_compute_the_same(isa: str) -> None:
     assert "plain" in names.split(",")
     assert dtype == "torch.float32"
     assert float(error) < 1e-5
+
+
+def test_tf32_told_differently_to_convolutions_and_recurrent_layers(monkeypatch) -> None:
+    """torch 2.9 and later then refuse to answer for both at once."""
+
+    class Cudnn:
+        @property
+        def allow_tf32(self):
+            raise RuntimeError("PyTorch is checking whether allow_tf32 is enabled for cuDNN")
+
+        class conv:
+            fp32_precision = "ieee"
+
+    monkeypatch.setattr(torch.backends, "cudnn", Cudnn())
+    assert not check.tf32_allowed()
+    Cudnn.conv.fp32_precision = "tf32"
+    assert check.tf32_allowed()

@@ -13,7 +13,7 @@ import torch
 from inference_models import exact, inputs, make_unet, measured_anew, one_thread, relative_error
 from torch import Tensor
 
-from ddpm_fast import inference
+from ddpm_fast import inference, nn
 from ddpm_fast.inference import compiled as compiled_module
 from ddpm_fast.inference import module, planner, trial
 
@@ -257,3 +257,18 @@ class TestPlans:
         for worker in workers:
             worker.join()
         assert not wrong
+
+
+def test_the_callers_autocast_changes_nothing() -> None:
+    """Neither in making a plan nor in running it: library layers would multiply in another dtype than they say."""
+    options = {"block_out_channels": (16, 32), "norm_num_groups": 8, "layers_per_block": 1}
+    blocks = {"down_block_types": ("AttnDownBlock2D", "DownBlock2D"), "up_block_types": ("UpBlock2D", "AttnUpBlock2D")}
+    net = nn.DDPMUNet(**options, **blocks).eval()
+    x, t = inputs(2, (3, 8, 8))
+    made_outside = inference.compile(net, deterministic=True)
+    expected = made_outside(x, t)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(made_outside(x, t), expected)
+        made_inside = inference.compile(net, deterministic=True, timesteps=torch.arange(1000))
+        assert torch.equal(made_inside(x, t), expected)
+        torch.testing.assert_close(made_inside.at_rows(x, t), expected)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from inference_models import exact, inputs, make_unet, measured_anew, one_thread, relative_error
 from torch import nn
 
 from ddpm_fast import UNet, inference
+from ddpm_fast.inference import watch
 
 pytestmark = pytest.mark.usefixtures(one_thread.__name__, measured_anew.__name__)
 
@@ -209,3 +211,24 @@ def test_weights_are_left_alone() -> None:
         assert torch.equal(tensor, before[name]), name
         assert tensor.dtype == before[name].dtype
     assert all(parameter.requires_grad for parameter in net.parameters())
+
+
+@pytest.mark.parametrize("together", [1 << 24, 1000])
+def test_what_a_gpu_adds_up_in_groups_shows_every_change(monkeypatch, together) -> None:
+    """The way of a GPU, on a CPU: of bfloat16 with an odd number of values and of parts of a tensor, too."""
+    monkeypatch.setattr(watch, "_on_host", lambda tensors: False)
+    monkeypatch.setattr(watch, "TOGETHER", together)
+    net = nn.Sequential(nn.Conv2d(3, 8, 3).to(memory_format=torch.channels_last), nn.Linear(3, 5).bfloat16())
+    net.append(nn.BatchNorm2d(8)).append(nn.Linear(40, 30))
+    net[1].weight = nn.Parameter(torch.randn(5, 6, dtype=torch.bfloat16)[:, ::2])
+    seen = watch.Watch(net)
+    assert len(seen._groups) == (1 if together > 1000 else 3)
+    assert [tensor.shape for tensor in seen._others] == [(5, 3), (5,)]
+    assert not seen.contents_changed()
+    for tensor in [value for value in net.state_dict().values() if value.is_floating_point()]:
+        for place in {0, tensor.numel() // 2, tensor.numel() - 1}:
+            tensor.data[np.unravel_index(place, tensor.shape)] += 0.5
+            assert not seen.moved()
+            assert seen.contents_changed()
+            seen.note()
+    assert not seen.contents_changed()

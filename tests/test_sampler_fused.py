@@ -11,10 +11,11 @@ from inference_models import make_unet, measured_anew, one_thread, relative_erro
 from sampler_models import Net
 
 import ddpm_fast
-from ddpm_fast import Sampler, Schedule, ops
+from ddpm_fast import Sampler, Schedule, inference, ops
 from ddpm_fast.inference import Compiled, ending, library, module, native
 from ddpm_fast.inference.candidate import Frame
 from ddpm_fast.inference.trial import timer_for
+from ddpm_fast.noise import make_rng
 
 pytestmark = pytest.mark.usefixtures(one_thread.__name__, measured_anew.__name__)
 
@@ -226,12 +227,25 @@ class TestOnePass:
         torch.testing.assert_close(fused.sample(3, SHAPE, seed=1, **labels), expected, rtol=1e-3, atol=1e-3)
         assert calls.count("step") >= 6
         assert "last layer and reverse step in one" in fused.compiled.describe(3, 8, 8)
+        assert not fused.compiled.plan(3, 8, 8).rows.any()  # the run's own are read, not copied: a launch less
         calls.clear()
         steps = zip(fused.stream(3, SHAPE, seed=1, **labels), plain.stream(3, SHAPE, seed=1, **labels), strict=True)
         for got, wanted in steps:
             torch.testing.assert_close(got.x, wanted.x, rtol=1e-3, atol=1e-3)
             torch.testing.assert_close(got.x0, wanted.x0, rtol=1e-3, atol=1e-3)
         assert calls.count("step") == 6
+
+    def test_reads_one_row_or_that_of_every_image(self, calls) -> None:
+        net = make_unet()
+        compiled = inference.compile(net, timesteps=torch.tensor([900, 500, 100]))
+        steps = (LINEAR.step_table().table[:3], torch.tensor([900, 500, 100], dtype=torch.int32))
+        x, given = torch.randn(2, *SHAPE), []
+        for rows in (torch.tensor([1]), torch.tensor([1, 1])):
+            given.append(x.clone())
+            bad_row = torch.full((1,), -1, dtype=torch.int32)
+            compiled.step_at_rows(given[-1], rows, None, steps, make_rng(0, 0), bad_row)
+        assert torch.equal(*given)
+        assert not torch.equal(given[0], x)
 
     @pytest.mark.parametrize("case", ["noise", "thresholding", "chunk", "guidance", "deterministic", "wrong", "slow"])
     def test_is_left_alone_where_it_cannot_or_should_not_serve(self, calls, case, monkeypatch) -> None:

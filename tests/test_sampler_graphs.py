@@ -22,9 +22,9 @@ class Captures:
     def __call__(self, loop):
         self.loops.append(loop)
         for _ in range(graphs.WARMUP_STEPS):
-            loop.row.zero_()
+            loop.rows.zero_()
             loop.step()
-        loop.row.zero_()
+        loop.rows.zero_()
         model, step = loop.plan.model, loop.step
         addresses = {name: value.data_ptr() for name, value in vars(loop).items() if torch.is_tensor(value)}
 

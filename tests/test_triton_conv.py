@@ -6,6 +6,8 @@ code for a right kernel, is tested where there is one, and by the trial of every
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -16,7 +18,7 @@ pytest.importorskip("triton", reason="Triton is not installed; pip install 'ddpm
 from ddpm_fast.backends.triton import launch
 from ddpm_fast.backends.triton.conv_call import Conv, Tile, first_terms, images_of, pack
 
-DEVICE = torch.device("cpu" if launch.INTERPRETED else "cuda")
+DEVICE = torch.device("cuda" if torch.cuda.is_available() and not launch.INTERPRETED else "cpu")
 GUARD = 55.0
 # Norm of the error over the norm of the result: weights and sources are exact in the dtype here, so half an ulp of
 # rounding at the end and, in float32, that of the sums.
@@ -176,14 +178,37 @@ ADDED = {"silu": False, "residual": True}
 )
 def test_matches_float64(kind, size, channels, columns, tile, options, dtype):
     case = Case(kind, size, channels, columns, dtype, **options)
-    case.run(tile)
+    split = case.run(tile)
     case.check()
+    if tile.splits > 1:  # the same parts in the same order, and the count of programs is ready for the next launch
+        conv = case.bind(dataclasses.replace(tile, joined=True))
+        for _ in range(2):
+            case.target.fill_(GUARD)
+            conv(case.x, case.table, case.rows, case.label_table, case.label_rows)
+            assert torch.equal(case.target, split)
+        case.check()
 
 
 def test_a_split_sum_has_the_same_bits_every_time():
     case = Case("conv", (2, 4, 4), 64, 32, torch.float32)
     tile = Tile(16, 32, 16, splits=4)
     assert torch.equal(case.run(tile), case.run(tile))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_joined_sums_have_the_bits_of_separate_ones_whatever_program_comes_last(dtype):
+    """Thousands of launches, as a race would show itself in one of many."""
+    case = Case("conv", (4, 8, 8), 512, 128, dtype, residual=True)
+    separate = Tile(16, 64, 32, splits=16)
+    expected = case.run(separate)
+    conv = case.bind(dataclasses.replace(separate, joined=True))
+    wrong = torch.zeros((), dtype=torch.int64, device=DEVICE)
+    for _ in range(3000):
+        case.target.fill_(GUARD)
+        conv(case.x, case.table, case.rows)
+        wrong += (case.target != expected).sum()
+    assert int(wrong) == 0
 
 
 def test_more_parts_than_passes_are_as_many_as_there_are():

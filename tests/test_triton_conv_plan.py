@@ -17,7 +17,7 @@ from ddpm_fast.backends.triton.conv_call import Tile
 from ddpm_fast.inference import gpu, gpu_layers, library
 from ddpm_fast.inference.candidate import Packs
 from ddpm_fast.inference.check import BOUNDS, error, exact
-from ddpm_fast.inference.gpu_tiles import tiles
+from ddpm_fast.inference.gpu_tiles import tiles, with_joined
 from ddpm_fast.inference.known import read
 from ddpm_fast.inference.network import (
     Attention,
@@ -186,7 +186,10 @@ def test_tiles_suit_the_layer(dtype, numbers):
             rows = n * side * side
             listed = gpu_layers.listed(layer, n, side, side, dtype, *numbers)
             found = [c for c in listed if c.kind in ("conv", "linear", "up", "doubled")]
-            assert len(found) <= gpu_layers.TILES
+            assert len(found) <= gpu_layers.TILES + 1
+            joined = [c.tile for c in found if c.tile.joined]
+            assert len(joined) <= 1
+            assert all(tile.m * tile.n <= 4096 and tile.splits > 1 for tile in joined)
             for tile in (candidate.tile for candidate in found):
                 assert channels % tile.k == 0
                 assert tile.m < 2 * max(rows, 16)
@@ -205,6 +208,14 @@ def test_few_rows_split_the_sum_and_many_do_not():
     assert best(16).splits > 1
     assert best(16).m == 16
     assert best(16 * 512) == Tile(128, 128, 64)
+
+
+def test_the_first_split_tile_stands_twice_joined_first():
+    whole, small, large = Tile(16, 32, 64), Tile(16, 64, 64, splits=8), Tile(128, 128, 64, splits=4)
+    joined = Tile(16, 64, 64, splits=8, joined=True)
+    assert with_joined([whole, large, small, small]) == [whole, large, joined, small, small]
+    assert with_joined([whole, large]) == [whole, large]
+    assert str(joined) == "16x64x64 split 8 joined"
 
 
 def test_tiles_are_of_different_shapes_where_there_are_enough():

@@ -36,6 +36,11 @@ def _check_name(name: str) -> str:
     return name
 
 
+def requested() -> str | None:
+    """The backend that is asked for, by `use_backend` or the environment; None where the choice is automatic."""
+    return _requested
+
+
 def unavailable_reason(name: str, device: torch.device, dtype: torch.dtype = torch.float32) -> str | None:
     """Why the backend ``name`` cannot serve tensors of ``dtype`` on ``device``, with the remedy; None when it can."""
     module = importlib.import_module(f"ddpm_fast.backends.{_check_name(name)}")

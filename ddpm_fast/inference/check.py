@@ -21,9 +21,17 @@ TF32_BOUND = 3e-3  # of float32 on a GPU where PyTorch may round the factors to 
 Served = tuple[Candidate, Bound]
 
 
+def tf32_allowed() -> bool:
+    """Whether PyTorch's convolutions may round float32 factors to TF32 on a GPU."""
+    try:
+        return bool(torch.backends.cudnn.allow_tf32)
+    except RuntimeError:  # torch 2.9 and later, where convolutions and recurrent layers were told different things
+        return bool(torch.backends.cudnn.conv.fp32_precision == "tf32")  # type: ignore[attr-defined]
+
+
 def bound_of(dtype: torch.dtype, device: torch.device) -> float:
     """The relative error that a layer may have."""
-    if dtype == torch.float32 and device.type == "cuda" and torch.backends.cudnn.allow_tf32:
+    if dtype == torch.float32 and device.type == "cuda" and tf32_allowed():
         return TF32_BOUND
     return BOUNDS[dtype]
 

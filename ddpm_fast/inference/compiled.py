@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 import weakref
@@ -105,7 +106,7 @@ class Compiled:
         Raises ValueError for what the model itself would refuse, for a model in training mode, for x on another device
         and for x that requires a gradient.
         """
-        with self._lock, torch.inference_mode(False), torch.no_grad():
+        with self._lock, torch.inference_mode(False), torch.no_grad(), _no_autocast(self.device):
             self._look(full=False)
             check_call(self._network, x, labels, x_self_cond)
             if t.shape != x.shape[:1]:
@@ -135,7 +136,7 @@ class Compiled:
         rows: int64 [1] or [N], on `device`; nothing waits for it there. out: float32 (N, C, H, W) contiguous, written
         and returned. The weights are looked at by `refresh_if_changed`, which the caller calls once per run.
         """
-        with self._lock, torch.inference_mode(False), torch.no_grad():
+        with self._lock, torch.inference_mode(False), torch.no_grad(), _no_autocast(self.device):
             check_call(self._network, x, labels, x_self_cond)
             table, timesteps = self._check_rows(x, rows)
             shape = self._out_shape(x)
@@ -150,7 +151,7 @@ class Compiled:
             if plan.module is not None:
                 return out.copy_(plan.module(x, timesteps.index_select(0, plan.rows), labels, x_self_cond))
             self._load(plan, labels)
-            plan.run(plan.fed(x, x_self_cond), out, *self._at_rows(plan, table))
+            plan.run(plan.fed(x, x_self_cond), out, *self._at_rows(plan, table, plan.rows))
             return out
 
     def step_at_rows(
@@ -164,17 +165,19 @@ class Compiled:
         x0_out: Tensor | None = None,
     ) -> None:
         """ops.ddpm_step(x, at_rows(x, rows, labels), *steps, rows, rng, bad_row=..., x0_out=...) with the last layer in
-        the same pass. For plans whose `step` is not None; x: float32, contiguous, changed in place. rows: [1].
+        the same pass. For plans whose `step` is not None; x: float32, contiguous, changed in place. rows: int64 [1], or
+        [N] of the same number, which the plan then reads where it is: a launch less.
         """
-        with self._lock, torch.inference_mode(False), torch.no_grad():
+        with self._lock, torch.inference_mode(False), torch.no_grad(), _no_autocast(self.device):
             check_call(self._network, x, labels)
             table, _ = self._check_rows(x, rows)
             plan = self.plan(x.shape[0], x.shape[2], x.shape[3])
             assert plan.step is not None
-            plan.rows.copy_(rows)
+            if len(rows) != plan.n:
+                plan.rows.copy_(rows)
             self._load(plan, labels)
-            plan.run_all_but_last(x, *self._at_rows(plan, table))
-            plan.step(x, *steps, rows, rng, bad_row, x0_out)
+            plan.run_all_but_last(x, *self._at_rows(plan, table, rows if len(rows) == plan.n else plan.rows))
+            plan.step(x, *steps, rows[:1], rng, bad_row, x0_out)
 
     def whole_step(
         self,
@@ -229,12 +232,13 @@ class Compiled:
         key: tuple[object, ...] = (n, h, w)
         if self.device.type == "cpu":
             key = (*key, torch.get_num_threads(), native.isa_mask())
-        with self._lock, torch.inference_mode(False), torch.no_grad():
+        with self._lock, torch.inference_mode(False), torch.no_grad(), _no_autocast(self.device):
             if key in self._plans:
                 self._plans.move_to_end(key)
                 return self._plans[key]
             begun = time.perf_counter()
-            plan = make(self._network, n, h, w, self.dtype, self._packs, self._modules, self.deterministic)
+            with _current(self.device):  # candidates are timed on the GPU that is current
+                plan = make(self._network, n, h, w, self.dtype, self._packs, self._modules, self.deterministic)
             self._plans[key] = plan
             self._living.add(plan)
             while len(self._plans) > KEPT_PLANS:
@@ -254,7 +258,7 @@ class Compiled:
         writes, load_state_dict, optimiser steps, replaced or moved parameters) and on a CPU at some values of every
         tensor; a write through `.data` to other values is found by the next `refresh_if_changed`, at the latest.
         """
-        with self._lock, torch.inference_mode(False), torch.no_grad():
+        with self._lock, torch.inference_mode(False), torch.no_grad(), _no_autocast(self.device):
             network = read(self.model)
             old, new = self._network.tensors(), network.tensors()
             same = [(a.shape, a.device) for a in old] == [(b.shape, b.device) for b in new]
@@ -292,7 +296,7 @@ class Compiled:
         self._integers = None
         self._table: Tensor | None = None
         if self._timesteps is not None:
-            with torch.inference_mode(False), torch.no_grad():
+            with torch.inference_mode(False), torch.no_grad(), _no_autocast(self.device):
                 self._timesteps = self._timesteps.detach().to(self.device, copy=True)
                 self._table = self._tabulated(self._timesteps)
 
@@ -301,12 +305,12 @@ class Compiled:
         time = self._network.time
         return embeddings(time, timesteps) if time.joint else table(time, timesteps)
 
-    def _at_rows(self, plan: Plan, tabulated: Tensor) -> tuple[Tensor, Tensor]:
-        """A time table, and the rows of it that belong to the images, for `plan.rows` of what was tabulated."""
+    def _at_rows(self, plan: Plan, tabulated: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """A time table, and the rows of it that belong to the images, for these rows [N] of what was tabulated."""
         if not self._network.time.joint:
-            return tabulated, plan.rows
+            return tabulated, rows
         assert plan.label_rows is not None
-        finish(self._network.time, tabulated.index_select(0, plan.rows), plan.label_rows, plan.own_table)
+        finish(self._network.time, tabulated.index_select(0, rows), plan.label_rows, plan.own_table)
         return plan.own_table, plan.own_rows
 
     def _look(self, full: bool) -> None:
@@ -347,7 +351,7 @@ class Compiled:
                 if self._integers is None or len(self._integers) <= high:
                     integers = torch.arange((high // TABLED + 1) * TABLED)
                     self._integers = self._tabulated(integers)
-                return self._at_rows(plan, self._integers)
+                return self._at_rows(plan, self._integers, plan.rows)
         embed(self._network.time, t, plan.label_rows, plan.own_table)
         return plan.own_table, plan.own_rows
 
@@ -367,6 +371,17 @@ class Compiled:
     def __repr__(self) -> str:
         name = type(self.model).__name__
         return f"Compiled({name}, {self.dtype}, {self.device}, {len(self._plans)} plans)"
+
+
+def _no_autocast(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """A plan computes in its own dtype, whatever the caller's autocast says; without one this costs next to nothing."""
+    if torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return contextlib.nullcontext()
+
+
+def _current(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

@@ -14,7 +14,7 @@ from ..backends.triton.conv_output import Output as OutputLaunch
 from ..backends.triton.norm import Norm as NormLaunch
 from ..backends.triton.rms_norm import RMSNorm as RMSNormLaunch
 from .candidate import Bound, Candidate, Frame, Place
-from .gpu_tiles import pixel_blocks, spans, tiles
+from .gpu_tiles import pixel_blocks, spans, tiles, with_joined
 from .network import Conv, Layer, Linear, Norm, Output, RMSNorm, Up
 
 TILES = 4
@@ -58,7 +58,7 @@ def listed(
         # Where every row is another image, their embeddings take as many registers as the sums.
         largest = 64 * 128 if kind in ("window", "point") else 128 * 128
         found = tiles(rows, columns, quarters, channels, taps, dtype, multiprocessors, capability, TILES, largest)
-        return [TritonConv(kind, tile) for tile in found]
+        return [TritonConv(kind, tile) for tile in with_joined(found)]
 
     if isinstance(layer, Up):
         return of("up", rows, 1, 4)

@@ -8,6 +8,7 @@ measured here.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import torch
@@ -24,6 +25,9 @@ L2_BYTES, ISSUE, PROGRAM = 48, 160, 1500
 
 REDUCE = 4000
 """Cycles of the second kernel that a split sum needs, mostly its launch."""
+
+JOINED = 4096
+"""Elements of a tile whose parts one program may add."""
 
 
 def term_block(channels: int, half_width: bool) -> int:
@@ -76,6 +80,16 @@ def tiles(
             if len(chosen) < count and tile not in chosen and (spare or not seen):
                 chosen.append(tile)
     return chosen
+
+
+def with_joined(found: list[Tile]) -> list[Tile]:
+    """The same tiles, and before the most promising one of a split sum the same with its parts joined.
+
+    Not of large tiles: the one program that adds the parts would take as long as a launch, or spill."""
+    for i, tile in enumerate(found):
+        if tile.splits > 1 and tile.m * tile.n <= JOINED:
+            return [*found[:i], dataclasses.replace(tile, joined=True), *found[i:]]
+    return found
 
 
 def cycles(

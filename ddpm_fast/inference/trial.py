@@ -8,6 +8,7 @@ but their weights are timed as one: each tries another candidate in the same pas
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import time
 from collections import Counter
@@ -55,6 +56,8 @@ class Contender:
         return len(self.seconds)
 
 
+ATTEMPTS = 3  # at launching faster than a GPU's wait; not more, for a call may itself wait for the device
+
 Timer = Callable[[Sequence[Bound], Frame], list[float]]
 
 
@@ -69,14 +72,29 @@ def timed_on_host(bounds: Sequence[Bound], frame: Frame) -> list[float]:
 
 
 def timed_on_gpu(bounds: Sequence[Bound], frame: Frame) -> list[float]:
-    """Seconds of each call on the device, between events. The device waits first, so that launches run ahead of it."""
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(len(bounds) + 1)]
-    torch.cuda._sleep(2_000_000 + 200_000 * len(bounds))  # clock cycles: about 0.1 ms a layer
-    events[0].record()
-    for bound, event in zip(bounds, events[1:], strict=True):
-        bound(frame)
-        event.record()
-    events[-1].synchronize()
+    """Seconds of each call on the device."""
+    return busy_seconds([functools.partial(bound, frame) for bound in bounds])
+
+
+def busy_seconds(calls: Sequence[Callable[[], object]]) -> list[float]:
+    """Seconds that each call keeps the current GPU busy, between events, one call after the other.
+
+    The device waits until all are launched: how long the host takes says nothing of a captured step, where it does
+    that once. Where it took longer than the device waited, they are run again and the device waits longer.
+    """
+    cycles = 2_000_000 + 200_000 * len(calls)  # of its clock: about 0.1 ms a layer
+    for _ in range(ATTEMPTS):
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(len(calls) + 1)]
+        torch.cuda._sleep(cycles)
+        events[0].record()
+        for call, event in zip(calls, events[1:], strict=True):
+            call()
+            event.record()
+        ahead = not events[0].query()
+        events[-1].synchronize()
+        if ahead:
+            break
+        cycles *= 4
     return [before.elapsed_time(after) / 1e3 for before, after in itertools.pairwise(events)]
 
 

@@ -11,12 +11,16 @@ the host has to do between steps (given noise, a progress bar, handing out each 
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import threading
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
 
 import torch
 
+from .. import backends
 from .loop import Layout, Loop, Plan
 from .model import fingerprint
 
@@ -34,30 +38,80 @@ def supported(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
+_one_at_a_time = threading.RLock()  # torch records one graph at a time in a process
+
+
+@functools.cache
+def _capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """Where graphs of this device are recorded. torch.cuda.graph's own stream is of the GPU that was current when the
+    first graph was recorded: on another GPU nothing would be recorded, and replays would do nothing.
+    """
+    return torch.cuda.Stream(device)
+
+
+@contextlib.contextmanager
+def _casting_anew() -> Iterator[None]:
+    """Under autocast every step casts the weights itself: those that autocast keeps are gone when it ends, and a graph
+    would go on reading them.
+    """
+    before = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(before)
+
+
 def capture(loop: Loop) -> Replay:
     """Record `loop.step` and return what replays it. Runs a few steps first: load the loop again afterwards."""
     device = loop.plan.device
-    with torch.cuda.device(device):
+    with torch.cuda.device(device), _casting_anew():
         beside = torch.cuda.Stream(device)
         beside.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(beside):
-            for _ in range(WARMUP_STEPS):
-                loop.row.zero_()  # a short step table must not be run past its end
-                loop.step()
-            loop.row.zero_()
-        torch.cuda.current_stream(device).wait_stream(beside)
+        try:
+            with torch.cuda.stream(beside):
+                for _ in range(WARMUP_STEPS):
+                    loop.rows.zero_()  # a short step table must not be run past its end
+                    loop.step()
+                loop.rows.zero_()
+        finally:  # after an error, too: the buffers are about to be used here
+            torch.cuda.current_stream(device).wait_stream(beside)
     return record(loop, 1)
 
 
 def record(loop: Loop, steps: int) -> Replay:
-    """Record that many steps in turn, none of which runs now, and return what replays them all."""
+    """Record that many steps in turn, none of which runs now, and return what replays them all.
+
+    Raises what the steps raised, else the RuntimeError of a capture that failed; streams and generators of torch are
+    then as they were.
+    """
+    device = loop.plan.device
     graph = torch.cuda.CUDAGraph()
-    # Other threads, a data loader's for one, may go on talking to the device meanwhile.
-    with torch.cuda.device(loop.plan.device), torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        for _ in range(steps):
-            loop.step()
+    failed: BaseException | None = None
+    with _one_at_a_time, torch.cuda.device(device), _casting_anew():
+        before, beside = torch.cuda.current_stream(device), _capture_stream(device)
+        try:
+            # Other threads, a data loader's for one, may go on talking to the device meanwhile.
+            with torch.cuda.graph(graph, stream=beside, capture_error_mode="thread_local"):
+                try:
+                    for _ in range(steps):
+                        loop.step()
+                except BaseException as error:
+                    failed = error  # which says more than that the capture cannot be ended
+        except BaseException as error:
+            torch.cuda.set_stream(before)  # torch.cuda.graph stays on its own where it fails to begin or end
+            _end_failed_capture(device)
+            raise (failed or error) from None
+        if failed is not None:
+            raise failed
     replay: Replay = graph.replay
     return replay
+
+
+def _end_failed_capture(device: torch.device) -> None:
+    """A capture that ends well: after one that did not, torch.randn on the device would go on raising."""
+    with contextlib.suppress(RuntimeError), torch.cuda.graph(torch.cuda.CUDAGraph(), stream=_capture_stream(device)):
+        torch.zeros(1, device=device)
 
 
 class Captured:
@@ -72,11 +126,20 @@ class Captured:
         self._many: Replay | None = None
         self._again = True
         self.stride = 1
+        self._device = loop.plan.device
+        self._given = torch.cuda.Event() if self._device.type == "cuda" else None
 
     def again(self) -> None:
-        """Says that another run begins."""
+        """Says that another run begins; on another stream it waits for the one before."""
+        if self._given is not None:
+            torch.cuda.current_stream(self._device).wait_event(self._given)
         if self._again:
             self.stride = STRIDE
+
+    def given(self) -> None:
+        """Says that a run has ended, as far as the host is concerned."""
+        if self._given is not None:
+            self._given.record(torch.cuda.current_stream(self._device))
 
     def __call__(self, rows: int = 1) -> None:
         if rows >= self.stride > 1 and self._many is None:
@@ -151,6 +214,7 @@ class Loops:
         """Return what `take` gave. Eager loops are dropped; of captured ones the oldest makes room for the newest."""
         if not isinstance(advance, Captured):
             return
+        advance.given()
         self._kept[self._key(loop.plan, loop.layout)] = (loop, advance)
         while len(self._kept) > KEPT:
             self._kept.popitem(last=False)
@@ -164,7 +228,10 @@ class Loops:
 
     @staticmethod
     def _key(plan: Plan, layout: Layout) -> Hashable:
-        return plan.device, plan.dtype, layout, fingerprint(plan.model)
+        """What a captured step goes on doing as it was done when it was captured."""
+        kind = plan.device.type
+        cast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        return plan.device, plan.dtype, layout, fingerprint(plan.model), cast, backends.requested()
 
 
 def _eager(plan: Plan, layout: Layout) -> tuple[Loop, Advance]:

@@ -110,7 +110,9 @@ class Loop:
         self.chunks = layout.chunks()
 
         self.x = torch.zeros(n, *shape, dtype=torch.float32, device=device)
-        self.row = torch.zeros(1, dtype=torch.int64, device=device)
+        # One number for every sample, all the same: a fused plan reads its own, and one addition moves all on.
+        self.rows = torch.zeros(max(n, 1), dtype=torch.int64, device=device)
+        self.row = self.rows[:1]
         self.rng = torch.zeros(2, dtype=torch.int64, device=device)
         self.bad_row = torch.full((1,), -1, dtype=torch.int32, device=device)
         self.noise = torch.zeros_like(self.x) if layout.noise else None
@@ -161,7 +163,7 @@ class Loop:
 
     def load(self, run: Start) -> None:
         """Write a run's values into the buffers; the next step is that of row `run.start`."""
-        self.row.fill_(run.start)
+        self.rows.fill_(run.start)
         self.bad_row.fill_(-1)
         self.rng.copy_(make_rng(run.seed, run.first_sample))
         if self.guidance is not None:
@@ -193,8 +195,8 @@ class Loop:
             self.one_call = self._one_call()  # the weights moved between two rows
         if self.one_pass and plan.fused is not None:
             labels, steps = self.labels[0][0] if self.labels else None, (plan.steps.table, plan.steps.t_of_row)
-            plan.fused.step_at_rows(self.x, self.row, labels, steps, self.rng, self.bad_row, self.x0)
-            self.row.add_(1)
+            plan.fused.step_at_rows(self.x, self.rows, labels, steps, self.rng, self.bad_row, self.x0)
+            self.rows.add_(1)
             return
         if plan.fused is None:
             self.t.copy_(plan.t_model.index_select(0, self.row))  # one number for all samples
@@ -222,7 +224,7 @@ class Loop:
             copy_out=self.fed[0] if self.step_feeds and self.fed is not None else None,
             bad_row=self.bad_row,
         )
-        self.row.add_(1)
+        self.rows.add_(1)
 
     def _predict(self, i: int) -> tuple[Tensor, Tensor | None]:
         """The network's output for the samples of chunk i, with their labels, and when guided without."""

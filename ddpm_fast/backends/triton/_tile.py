@@ -53,3 +53,18 @@ def elements_of_program(channels, inner, BLOCK_Q: tl.constexpr, PIXELS: tl.const
 def place(element, channel, pixel, channels, CHANNELS_LAST: tl.constexpr):
     """Offset of an element within its sample."""
     return pixel * channels + channel if CHANNELS_LAST else element
+
+
+@triton.jit
+def await_previous(OVERLAP: tl.constexpr):
+    """Before its first access to memory an overlapping kernel lets the next one start, and waits until the one before
+    has ended and its stores are seen. Every kernel has to, for none waits for those before the one before it."""
+    if OVERLAP:
+        tl.inline_asm_elementwise(
+            "griddepcontrol.launch_dependents; griddepcontrol.wait; mov.u32 $0, 0;",
+            "=r",
+            [],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )

@@ -29,7 +29,7 @@ TYPES = {
     torch.int32: "*i32",
     torch.int64: "*i64",
 }
-LAUNCH_OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
+LAUNCH_OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion", "launch_pdl")
 
 
 @dataclass(frozen=True)

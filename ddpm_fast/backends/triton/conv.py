@@ -22,13 +22,15 @@ The taps and the channels are one flattened loop, which Triton pipelines. Triton
 whoever chooses one compares it with another implementation on the device at hand first.
 
 With few rows the sum is split among programs (split-K). Each writes its part to its own place of a float32 workspace,
-and a second kernel adds the parts in order: no atomics, so the same bits every time.
+and the parts are added in order, so the same bits every time: by a second kernel, or, "joined", by whichever program
+of a tile comes last. That one is found by a count of those that are through, which it sets back to 0. A joined sum
+saves a launch, longer than all of the work where there are few images, but one program then adds what many could.
 """
 
 import triton
 import triton.language as tl
 
-from . import _math
+from . import _math, _tile
 from .conv_epilogue import columns_inside, finish, pixel_of_row, target_pixel
 
 INTERPRETED = _math.INTERPRETED
@@ -78,6 +80,29 @@ def image_tile(x_ptr, image, y, x, present, h, w, channels, BLOCK_K: tl.constexp
     return tl.load(x_ptr + (plane * h + at_y) * w + at_x, mask=mask, other=0.0)
 
 
+@triton.jit
+def sum_of_parts(pointers, mask, part_size, PARTS: tl.constexpr):
+    """What PARTS programs have left, in order. Written out for every part, so that all are on their way at once."""
+    acc = tl.zeros(pointers.shape, tl.float32)
+    for _ in tl.static_range(PARTS):
+        acc += tl.load(pointers, mask=mask, other=0.0)
+        pointers += part_size
+    return acc
+
+
+@triton.jit
+def comes_last(count_ptr, parts):
+    """Whether this program is the last of so many to be through, whose stores it then sees; the count goes back to 0.
+
+    The barriers: every thread has stored before one of them counts, and none reads before that one has."""
+    tl.debug_barrier()
+    last = tl.atomic_add(count_ptr, 1, sem="acq_rel", scope="gpu") == parts - 1
+    tl.debug_barrier()
+    if last:
+        tl.store(count_ptr, 0)
+    return last
+
+
 @triton.jit(do_not_specialize=["time_count", "label_count", "rows", "h", "w", "span"])
 def _conv_kernel(
     source_ptr,
@@ -93,6 +118,7 @@ def _conv_kernel(
     residual_ptr,
     pooled_ptr,
     partial_ptr,
+    count_ptr,
     rows,
     h,
     w,
@@ -108,6 +134,7 @@ def _conv_kernel(
     KIND: tl.constexpr,
     TAPS: tl.constexpr,
     QUARTERS: tl.constexpr,
+    PARTS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -115,9 +142,11 @@ def _conv_kernel(
     IMAGES: tl.constexpr,
     EVEN: tl.constexpr,
     WIDE: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """One tile. Axis 0 of the grid: column blocks (fastest, they share rows) x row blocks; axis 1: parts of the sum,
-    ``span`` blocks of BLOCK_K each. weight: [TAPS x channels, QUARTERS x columns]. Strides are per pixel."""
+    ``span`` blocks of BLOCK_K each. weight: [TAPS x channels, QUARTERS x columns]. Strides are per pixel. count: of the
+    programs of each tile that are through, for a joined sum of PARTS."""
     blocks = tl.cdiv(columns, BLOCK_N)
     row_block = tl.program_id(0) // (blocks * QUARTERS)
     block = tl.program_id(0) - row_block * (blocks * QUARTERS)
@@ -132,6 +161,7 @@ def _conv_kernel(
     weight_ptrs = weight_ptr + k[:, None] * width + (quarter * columns + column)[None, :]
     weight_mask = columns_inside(column, columns, EVEN)
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    _tile.await_previous(OVERLAP)
     if KIND == "first":
         tile = image_tile(source_ptr, image, y, x, present, h, w, channels, BLOCK_K, WIDE)
         weight = tl.load(weight_ptrs, mask=weight_mask, other=0.0)
@@ -171,40 +201,47 @@ def _conv_kernel(
             weight_ptrs += BLOCK_K * width
 
     if partial_ptr is not None:
-        part = tl.program_id(1).to(tl.int64) * rows + m
-        place = part[:, None] * width + (quarter * columns + column)[None, :]
-        tl.store(partial_ptr + place, acc, mask=present[:, None] & weight_mask)
-    else:
-        finish(
-            acc,
-            row_block * BLOCK_M,
-            rows,
-            column,
-            quarter,
-            bias_ptr,
-            time_ptr,
-            time_row_ptr,
-            time_count,
-            label_ptr,
-            label_row_ptr,
-            label_count,
-            table_stride,
-            first_column,
-            target_ptr,
-            target_stride,
-            residual_ptr,
-            residual_stride,
-            pooled_ptr,
-            pooled_stride,
-            h,
-            w,
-            columns,
-            KIND,
-            SILU,
-            IMAGES,
-            EVEN,
-            WIDE,
-        )
+        inside = present[:, None] & weight_mask
+        place = m.to(tl.int64)[:, None] * width + (quarter * columns + column)[None, :]
+        part_size = rows.to(tl.int64) * width
+        tl.store(partial_ptr + tl.program_id(1) * part_size + place, acc, mask=inside)
+    if partial_ptr is None or count_ptr is not None:
+        mine = True
+        if count_ptr is not None:
+            mine = comes_last(count_ptr + tl.program_id(0), PARTS)
+        if mine:
+            if count_ptr is not None:
+                acc = sum_of_parts(partial_ptr + place, inside, part_size, PARTS)
+            finish(
+                acc,
+                row_block * BLOCK_M,
+                rows,
+                column,
+                quarter,
+                bias_ptr,
+                time_ptr,
+                time_row_ptr,
+                time_count,
+                label_ptr,
+                label_row_ptr,
+                label_count,
+                table_stride,
+                first_column,
+                target_ptr,
+                target_stride,
+                residual_ptr,
+                residual_stride,
+                pooled_ptr,
+                pooled_stride,
+                h,
+                w,
+                columns,
+                KIND,
+                SILU,
+                IMAGES,
+                EVEN,
+                WIDE,
+            )
 
 
 @triton.jit(do_not_specialize=["time_count", "label_count", "rows", "h", "w"])
@@ -238,10 +275,10 @@ def _reduce_kernel(
     IMAGES: tl.constexpr,
     EVEN: tl.constexpr,
     WIDE: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
-    """Adds the parts [PARTS, rows, QUARTERS x columns] that ``_conv_kernel`` left, in order, and finishes.
-
-    Written out for every part, so that all are on their way at once."""
+    """Adds the parts [PARTS, rows, QUARTERS x columns] that ``_conv_kernel`` left, in order, and finishes."""
+    _tile.await_previous(OVERLAP)
     blocks = tl.cdiv(columns, BLOCK_N)
     row_block = tl.program_id(0) // (blocks * QUARTERS)
     block = tl.program_id(0) - row_block * (blocks * QUARTERS)
@@ -251,10 +288,7 @@ def _reduce_kernel(
     width = columns * QUARTERS
     mask = (m < rows)[:, None] & columns_inside(column, columns, EVEN)
     partial_ptrs = partial_ptr + m.to(tl.int64)[:, None] * width + (quarter * columns + column)[None, :]
-    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for _ in tl.static_range(PARTS):
-        acc += tl.load(partial_ptrs, mask=mask, other=0.0)
-        partial_ptrs += rows.to(tl.int64) * width
+    acc = sum_of_parts(partial_ptrs, mask, rows.to(tl.int64) * width, PARTS)
     finish(
         acc,
         row_block * BLOCK_M,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .conv import MAX_WARPS, _conv_kernel, _reduce_kernel
-from .launch import launch, power_of_two
+from .launch import launch_overlapping, power_of_two
 
 KINDS = ("conv", "linear", "first", "up", "doubled", "window", "point")
 """What a layer is bound as: those of conv.py, of which "linear" is its 1x1 "conv"."""
@@ -37,7 +37,7 @@ NO_TABLES: tuple[Any, ...] = (None, None, 0, None, None, 0)
 @dataclasses.dataclass(frozen=True)
 class Tile:
     """A configuration of ``_conv_kernel``: rows x columns of a program, terms of the sum per pass, passes in flight,
-    parts of the sum, warps."""
+    parts of the sum, warps; joined: the parts are added by the program that comes last, not by a second kernel."""
 
     m: int
     n: int
@@ -45,9 +45,11 @@ class Tile:
     stages: int = 3
     splits: int = 1
     warps: int = 4
+    joined: bool = False
 
     def __str__(self) -> str:
-        return f"{self.m}x{self.n}x{self.k}" + (f" split {self.splits}" if self.splits > 1 else "")
+        split = f" split {self.splits}" if self.splits > 1 else ""
+        return f"{self.m}x{self.n}x{self.k}{split}{' joined' if split and self.joined else ''}"
 
 
 def first_terms(channels: int) -> int:
@@ -174,20 +176,23 @@ class Conv:
         blocks = -(-columns // tile.n) * quarters
         self._on = target
         self._embedded = first_column is not None
-        self._splits = splits
+        self._two = splits > 1 and not tile.joined  # kernels
         self._source = source
         self._grid = (-(-rows // tile.m) * blocks, splits)
-        workspace = None
+        workspace = count = None
         if splits > 1:
             workspace = torch.empty(splits, rows, quarters * columns, dtype=torch.float32, device=target.device)
+            if tile.joined:
+                count = torch.zeros(self._grid[0], dtype=torch.int32, device=target.device)
         strides = (target.stride(2), residual_stride, pooled_stride)
-        added = residual if splits == 1 else None
+        added = None if self._two else residual
         sizes = (rows, h, w, channels, columns, source_stride)
-        self._args = (packed, bias, target, added, pooled, workspace, *sizes, *strides)
+        self._args = (packed, bias, target, added, pooled, workspace, count, *sizes, *strides)
         self._last = (first_column or 0, span)
         self._constants: dict[str, Any] = {
             **constants,
             "TAPS": taps,
+            "PARTS": splits if tile.joined else 1,
             "BLOCK_M": tile.m,
             "BLOCK_N": tile.n,
             "BLOCK_K": tile.k,
@@ -196,7 +201,7 @@ class Conv:
             "num_warps": tile.warps,
             "num_stages": tile.stages,
         }
-        if splits > 1:
+        if self._two:
             block_n = min(REDUCE_COLUMNS, power_of_two(columns))
             self._reduce_grid = (-(-rows // REDUCE_ROWS) * -(-columns // block_n) * quarters,)
             self._reduce_args = (bias, target, residual, pooled, workspace, rows, h, w, columns, *strides)
@@ -239,19 +244,19 @@ class Conv:
         if self._embedded and time_table is not None:
             tables, stride = tables_of(time_table, time_rows, label_table, label_rows)
         source = x if self._source is None else self._source
-        launch(
+        launch_overlapping(
             _conv_kernel,
             self._grid,
             self._on,
             source,
-            *(tables if self._splits == 1 else NO_TABLES),
+            *(NO_TABLES if self._two else tables),
             *self._args,
             stride,
             *self._last,
             **self._constants,
         )
-        if self._splits > 1:
-            launch(
+        if self._two:
+            launch_overlapping(
                 _reduce_kernel,
                 self._reduce_grid,
                 self._on,

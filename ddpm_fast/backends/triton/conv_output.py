@@ -16,7 +16,7 @@ from torch import Tensor
 
 from . import _math, _noise, _tile
 from .ddpm_step import table_row
-from .launch import launch, long_axis, power_of_two
+from .launch import launch_overlapping, long_axis, power_of_two
 
 MAX_BLOCK_C = 64
 """Channels that are multiplied at a time, at most: eight threads with 128 bits each of a half-width type."""
@@ -88,8 +88,10 @@ def _output_kernel(
     BLOCK_O: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """m to out, float32 [n, outputs, inner]. Axis 0 of the grid: blocks of pixels; axes 1 and 2: images."""
+    _tile.await_previous(OVERLAP)
     image = _tile.program_on_long_axis()
     pixel = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
     if image < n:
@@ -134,8 +136,10 @@ def _output_step_kernel(
     BLOCK_O: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """The same, and the reverse step of x, float32 [n, outputs, inner], in place. inner is a multiple of 4."""
+    _tile.await_previous(OVERLAP)
     image = _tile.program_on_long_axis()
     inner = inner_units * UNIT
     pixel = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
@@ -215,7 +219,7 @@ class Output:
     def __call__(self, out: Tensor) -> None:
         """m to out, float32 (n, outputs, h, w) contiguous."""
         arguments = (self._source, out, *self._weights, *self._sizes)
-        launch(_output_kernel, self._grid, out, *arguments, TAPS=self._taps, **self._constants)
+        launch_overlapping(_output_kernel, self._grid, out, *arguments, TAPS=self._taps, **self._constants)
 
     def step(
         self,
@@ -241,7 +245,7 @@ class Output:
         if x.dtype != torch.float32 or not x.is_contiguous():
             raise ValueError(f"x must be contiguous float32, got {x.dtype} with strides {x.stride()}")
         unit = 16 if inner % 16 == 0 else 4
-        launch(
+        launch_overlapping(
             _output_step_kernel,
             self._grid,
             x,

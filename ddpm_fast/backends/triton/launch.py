@@ -1,13 +1,19 @@
 """The one place where Triton kernels are launched, and the choice of grid and block sizes."""
 
+import contextlib
 import math
+import os
 import struct
-from collections.abc import Callable
+import subprocess
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import ContextVar
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
+from triton.errors import TritonError
 
 from ddpm_fast.backends.layout import Layout
 
@@ -30,6 +36,10 @@ processor of a large GPU."""
 INTERPRETED_QUADS = 1 << 15
 """The interpreter takes about 0.4 ms per program whatever its size, so programs are large there. Tests lower it."""
 
+OVERLAP = os.environ.get("DDPM_FAST_OVERLAP") == "1"
+"""Whether kernels of a fused plan start while the one before them ends (programmatic dependent launch, Hopper and
+later). Off, for nobody has measured it: benchmarks/NOTES.md."""
+
 MAX_GRID_Y = 65535
 MAX_ELEMENTS = 2**31 - 2**20
 """Elements of a sample that int32 indices can number, the rounding up to a whole block included."""
@@ -50,22 +60,64 @@ def int32(value: int) -> int:
     return value - 2**32 if value >= 2**31 else value
 
 
+_ahead: ContextVar[bool] = ContextVar("ddpm_fast_compiling_ahead", default=False)
+
+
 def call_kernel(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], options: dict[str, Any]) -> None:
     """Run a kernel; ``aot.recorded`` puts itself here to see what would run."""
-    kernel[grid](*args, **options)
+    if _ahead.get():
+        kernel.warmup(*args, grid=grid, **options)
+    else:
+        kernel[grid](*args, **options)
 
 
 _call: Callable[..., None] = call_kernel
 
 
+@contextlib.contextmanager
+def compiling_ahead() -> Iterator[bool]:
+    """Inside, launches by this thread run nothing; what they would run is compiled, on all processors, until the end.
+
+    Yields False, and launches are launches, where Triton cannot do that. Kernels that cannot be compiled raise when
+    they are launched.
+    """
+    mode = None if INTERPRETED else getattr(triton, "AsyncCompileMode", None)
+    if mode is None:
+        yield False
+        return
+    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with ThreadPoolExecutor(processors) as threads, mode(threads, ignore_errors=True):
+        before = _ahead.set(True)
+        try:
+            yield True
+        finally:
+            _ahead.reset(before)
+
+
 def launch(kernel: Any, grid: tuple[int, ...], on: Tensor, *args: Any, **constants: Any) -> None:
-    """Launch ``kernel`` on the device of ``on``. Fusing a * b + c is always off: the bits are part of the contract."""
+    """Launch ``kernel`` on the device of ``on``. Fusing a * b + c is always off: the bits are part of the contract.
+
+    RuntimeError where the kernel cannot be compiled or needs more than the device has: Triton's own errors are of no
+    class that a caller would catch.
+    """
     options = {"num_warps": NUM_WARPS, "enable_fp_fusion": False, **constants}
-    if on.is_cuda and on.device.index != torch.cuda.current_device():
-        with torch.cuda.device(on.device):
+    try:
+        if on.is_cuda and on.device.index != torch.cuda.current_device():
+            with torch.cuda.device(on.device):
+                _call(kernel, grid, args, options)
+        else:
             _call(kernel, grid, args, options)
-    else:
-        _call(kernel, grid, args, options)
+    except (TritonError, subprocess.SubprocessError, OSError) as error:  # the latter two of its C compiler and ptxas
+        raise RuntimeError(f"Triton cannot run {kernel.__name__}: {error}") from error
+
+
+def launch_overlapping(kernel: Any, grid: tuple[int, ...], on: Tensor, *args: Any, **constants: Any) -> None:
+    """Launch a kernel that begins with `_tile.await_previous(OVERLAP)`, beside the end of the one before if OVERLAP."""
+    overlap = OVERLAP and not INTERPRETED
+    if overlap and on.is_cuda:
+        overlap = torch.cuda.get_device_capability(on.device) >= (9, 0)
+    options = {"launch_pdl": True} if overlap else {}
+    launch(kernel, grid, on, *args, OVERLAP=overlap, **options, **constants)
 
 
 def power_of_two(value: int) -> int:

@@ -19,7 +19,7 @@ from . import _math, _tile
 from .conv import loop_bound
 from .conv_call import NO_TABLES, tables_of
 from .conv_epilogue import embedding, fast_silu, nan_outside
-from .launch import float_bits, launch, long_axis, power_of_two
+from .launch import float_bits, launch_overlapping, long_axis, power_of_two
 
 MAX_SPAN = 64
 """Channels of a program: sums over groups are made in a square of them."""
@@ -65,8 +65,10 @@ def _norm_kernel(
     BLOCK_C: tl.constexpr,
     SILU: tl.constexpr,
     EVEN: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """Axis 0 of the grid: SPAN channels each, whole groups of WIDTH; axes 1 and 2: images. Strides are per pixel."""
+    _tile.await_previous(OVERLAP)
     image = _tile.program_on_long_axis()
     if image < n:
         p = tl.arange(0, BLOCK_P)[:, None]
@@ -179,4 +181,4 @@ class Norm:
         if self._embedded and time_table is not None:
             tables, stride = tables_of(time_table, time_rows, label_table, label_rows)
         arguments = (*self._args, *tables, *self._sizes, stride, *self._last)
-        launch(_norm_kernel, self._grid, self._on, *arguments, **self._constants)
+        launch_overlapping(_norm_kernel, self._grid, self._on, *arguments, **self._constants)

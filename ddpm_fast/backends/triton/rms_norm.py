@@ -14,7 +14,7 @@ from torch import Tensor
 from . import _math, _tile
 from .conv_call import NO_TABLES, tables_of
 from .conv_epilogue import embedding, fast_silu, nan_outside
-from .launch import float_bits, launch, long_axis, power_of_two
+from .launch import float_bits, launch_overlapping, long_axis, power_of_two
 from .norm import MAX_OFFSET
 
 MAX_CHANNELS = 4096
@@ -46,8 +46,10 @@ def _rms_norm_kernel(
     BLOCK_C: tl.constexpr,
     SILU: tl.constexpr,
     EVEN: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """Axis 0 of the grid: BLOCK_P pixels each; axes 1 and 2: images. Strides are per pixel."""
+    _tile.await_previous(OVERLAP)
     image = _tile.program_on_long_axis()
     if image < n:
         p = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)[:, None]
@@ -130,4 +132,4 @@ class RMSNorm:
         if self._embedded and time_table is not None:
             tables, stride = tables_of(time_table, time_rows, label_table, label_rows)
         arguments = (*self._args, *tables, *self._sizes, stride, *self._last)
-        launch(_rms_norm_kernel, self._grid, self._on, *arguments, **self._constants)
+        launch_overlapping(_rms_norm_kernel, self._grid, self._on, *arguments, **self._constants)

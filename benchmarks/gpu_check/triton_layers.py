@@ -1,20 +1,12 @@
-"""Compiles the Triton convolutions for GPUs that are not there and prints what is in them as JSON, for
-test_triton_aot_conv.py: the first choices of a plan for layers of the U-Nets, launched as the plan would.
-
-A process of its own, because kernels decorated under TRITON_INTERPRET=1 cannot be compiled.
+"""The launches of the plan's Triton layers that are compiled and read one by one: the first choices of a plan for chosen
+layers of the U-Nets, launched as the plan would. Whole plans are in triton_plans.py.
 """
 
 from __future__ import annotations
 
-import json
-import re
-from collections import Counter
 from collections.abc import Iterator
-from typing import Any
 
-import aot_sass
 import torch
-from aot_child import meta
 from torch import Tensor
 
 from ddpm_fast.backends.triton import aot
@@ -23,7 +15,12 @@ from ddpm_fast.inference.candidate import Frame, Packs, Place
 from ddpm_fast.inference.gpu_layers import listed
 from ddpm_fast.inference.network import Buffer, Conv, Linear, Norm, RMSNorm, Slice, Up
 
+from .triton_jobs import Job
+from .triton_ops import meta
+
 GPUS = {90: (132, 90), 80: (108, 80)}
+"""Multiprocessors and capability of an H100 and of an A100."""
+
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 
 # (name, images, side of the source, channels, columns, kind, dtype, capability); names are those of the U-Nets' layers.
@@ -160,42 +157,11 @@ def cases() -> Iterator[tuple[str, str, int, aot.Specialisation]]:
     yield "conv_out", "triton", 90, output(False, side=3)[0]
 
 
-WORDS = (r"\bfma\.", r"div\.full", r"\.approx", r"\.ftz", r"\.f64")
-
-
-def inspect(
-    name: str, chosen: str, capability: int, launch: aot.Specialisation, compiled: Any, counts: Counter[str]
-) -> dict[str, Any]:
-    """Everything that the tests assert on."""
-    registers, stack = aot_sass.resources(compiled.asm["cubin"])
-
-    def total(*prefixes: str) -> int:
-        return sum(count for word, count in counts.items() if word.startswith(prefixes))
-
-    return {
-        "name": name,
-        "chosen": chosen,
-        "capability": capability,
-        "kernel": launch.kernel.fn.__name__,
-        "kind": launch.constants.get("KIND"),
-        "rows": launch.constants.get("BLOCK_M"),
-        "residual": launch.signature.get("residual_ptr", "constexpr") != "constexpr",
-        "half": launch.signature.get("target_ptr") != "*fp32",
-        "warps": launch.options["num_warps"],
-        "registers": registers,
-        "spills": stack + total("LDL", "STL"),
-        "instructions": sum(counts.values()),
-        "wgmma": total("HGMMA"),
-        "mma": total("HMMA"),
-        "async": total("LDGSTS."),
-        "memory": {word: count for word, count in counts.items() if word.startswith(("LDGSTS", "LDG.", "STG"))},
-        "shared": compiled.metadata.shared,
-        "ptx": {word: len(re.findall(word, compiled.asm["ptx"])) for word in WORDS},
-    }
-
-
-if __name__ == "__main__":
-    found = list(cases())
-    compiled = [launch.compile(capability) for _, _, capability, launch in found]
-    counts = aot_sass.instructions([(case[2], made.asm["cubin"]) for case, made in zip(found, compiled, strict=True)])
-    print(json.dumps([inspect(*case, made, count) for case, made, count in zip(found, compiled, counts, strict=True)]))
+def jobs() -> list[Job]:
+    """All of them."""
+    result = []
+    for name, chosen, capability, launch in cases():
+        target = launch.signature.get("target_ptr")
+        dtype = {"*bf16": "bf16", "*fp16": "f16"}.get(str(target), "f32")
+        result.append(Job("layers", name, dtype, capability, launch, used=[chosen]))
+    return result
