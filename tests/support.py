@@ -67,7 +67,7 @@ def to(device: torch.device, value: Any) -> Any:
         first, ends = value.storage_offset(), zip(value.shape, value.stride(), strict=True)
         length = first + 1 + sum(max(size - 1, 0) * stride for size, stride in ends)
         moved = torch.empty(length, dtype=value.dtype, device=device).as_strided(value.shape, value.stride(), first)
-        return moved.copy_(value).requires_grad_(value.requires_grad)
+        return moved.copy_(value.detach()).requires_grad_(value.requires_grad)
     if isinstance(value, dict):
         return {name: to(device, item) for name, item in value.items()}
     return value
