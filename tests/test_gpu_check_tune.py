@@ -104,6 +104,14 @@ def test_a_candidate_that_computes_something_else_fails_the_run(
     assert (odd["layer"], odd["left_out"]) == ("bottleneck.conv1", ["odd"])
 
 
+def spied(method: Callable[..., Any], look: Callable[[], None]) -> Callable[..., Any]:
+    def instead(*arguments: Any) -> Any:
+        look()
+        return method(*arguments)
+
+    return instead
+
+
 def test_overlapping_kernels_are_timed_beside_others(
     module: Any, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -111,12 +119,7 @@ def test_overlapping_kernels_are_timed_beside_others(
     tune, ours, switch = module("gpu_check.tune"), module("ours").Ours, SimpleNamespace(OVERLAP="as it was")
     seen = []
     for name in ("prepare", "seconds"):
-
-        def spy(self: Any, *arguments: Any, original: Any = getattr(ours, name)) -> Any:
-            seen.append(switch.OVERLAP)
-            return original(self, *arguments)
-
-        monkeypatch.setattr(ours, name, spy)
+        monkeypatch.setattr(ours, name, spied(getattr(ours, name), lambda: seen.append(switch.OVERLAP)))
     few = tune.dataclasses.replace(tune.SMALL, networks=(), elements=(), edge=16, copied=2**16)
     monkeypatch.setattr(tune, "SMALL", few)
     monkeypatch.setattr(tune, "STRIDES", (1,))
