@@ -11,7 +11,7 @@ MORE = 1.1
 NEVER = (r"\.f64", r"\bfma\.")
 """Words of PTX that no kernel of ours has, approximate or not."""
 
-LAYERS = ("_conv_kernel", "_reduce_kernel", "_norm_kernel", "_rms_norm_kernel")
+LAYERS = ("_conv_kernel", "_reduce_kernel", "_epilogue_kernel", "_norm_kernel", "_rms_norm_kernel")
 """Kernels of a plan that store activations and nothing else."""
 
 
