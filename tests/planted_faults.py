@@ -1,5 +1,5 @@
 """Compiles kernels that are wrong on purpose and prints as JSON what rules.py says of each, and which launches the
-stage knows of. For test_gpu_check_static.py; a process of its own, for under TRITON_INTERPRET=1 nothing can be compiled.
+stage knows of. For test_gpu_check_static.py; a process of its own: under TRITON_INTERPRET=1 nothing can be compiled.
 """
 
 from __future__ import annotations

@@ -26,8 +26,9 @@ L2_BYTES, ISSUE, PROGRAM = 48, 160, 1500
 REDUCE = 4000
 """Cycles of the second kernel that a split sum needs, mostly its launch."""
 
-JOINED = 4096
-"""Elements of a tile whose parts one program may add."""
+JOINED, JOINED_PARTS = 4096, 32768
+"""Elements of a tile whose parts one program may add, and of all its parts: more take as long as a second kernel's
+launch, and 16 parts of 64 x 64 were seen to spill."""
 
 
 def term_block(channels: int, half_width: bool) -> int:
@@ -87,7 +88,8 @@ def with_joined(found: list[Tile]) -> list[Tile]:
 
     Not of large tiles: the one program that adds the parts would take as long as a launch, or spill."""
     for i, tile in enumerate(found):
-        if tile.splits > 1 and tile.m * tile.n <= JOINED:
+        elements = tile.m * tile.n
+        if tile.splits > 1 and elements <= JOINED and elements * tile.splits <= JOINED_PARTS:
             return [*found[:i], dataclasses.replace(tile, joined=True), *found[i:]]
     return found
 
