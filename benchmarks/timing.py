@@ -72,7 +72,7 @@ class _Clock:
             after.record()
             pairs.append((before, after))
         torch.cuda.synchronize(self.device)
-        return sum(before.elapsed_time(after) for before, after in pairs) / 1e3 / repeats
+        return float(sum(before.elapsed_time(after) for before, after in pairs)) / 1e3 / repeats
 
 
 def interleaved_rounds(

@@ -5,8 +5,8 @@
 
 First the most promising set of options of every case, then the second of every case, and so on. Each is compiled,
 checked against float64 and timed in a process of its own, which may fail or be ended without harm to the others. The
-outcomes are in --store (default: baselines.json beside FILE.json), from which benchmarks/run.py takes the best, compiles
-it anew and times it beside ours.
+outcomes are in --store (default: baselines.json beside FILE.json), from which benchmarks/run.py takes the best,
+compiles it anew and times it beside ours.
 """
 
 from __future__ import annotations
