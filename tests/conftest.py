@@ -2,6 +2,9 @@
 
 Without a GPU the Triton kernels run in Triton's interpreter, which has to be chosen before triton is imported. With
 DDPM_FAST_REQUIRE_GPU=1 a test that would be skipped for lack of a GPU fails instead.
+
+The marker ``gpu`` says which tests need one. The others find none even where there is one, neither they nor the
+processes that they start: what picks a device by itself picks the CPU in them, on every machine.
 """
 
 from __future__ import annotations
@@ -21,7 +24,9 @@ import torch
 
 HAS_GPU = torch.cuda.is_available()
 REQUIRE_GPU = os.environ.get("DDPM_FAST_REQUIRE_GPU") == "1"
-if not HAS_GPU:
+# The Triton kernels compiled for a GPU of this capability (80, 90) and executed on the CPU (benchmarks/gpu_check/ptx).
+PTX = int(os.environ.get("DDPM_FAST_TEST_PTX", "0"))
+if not HAS_GPU and not PTX:
     os.environ["TRITON_INTERPRET"] = "1"
 
 # The CUDA kernels compiled for the CPU (tests/cuda_on_cpu): then they alone serve the op tests.
@@ -37,7 +42,7 @@ import ddpm_fast  # noqa: E402
 from ddpm_fast import backends  # noqa: E402
 from ddpm_fast.backends import native  # noqa: E402
 
-if not HAS_GPU and importlib.util.find_spec("triton") is not None:
+if not HAS_GPU and not PTX and importlib.util.find_spec("triton") is not None:
     interpreter.make_faster()
 
 # What `with torch.device(...)` redirects is looked up once: here, before a test replaces torch.empty.
@@ -58,7 +63,35 @@ def pytest_configure(config: pytest.Config) -> None:
     torch.backends.cudnn.allow_tf32 = False
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The tests of a module whose DEVICE is the GPU, where there is one, need it."""
+    for item in items:
+        device = getattr(getattr(item, "module", None), "DEVICE", None)
+        if isinstance(device, torch.device) and device.type == "cuda":
+            item.add_marker("gpu")
+
+
+_REAL = {"is_available": torch.cuda.is_available, "device_count": torch.cuda.device_count}
+_NONE = {"is_available": lambda: False, "device_count": lambda: 0}
+_VISIBLE = os.environ.get("CUDA_VISIBLE_DEVICES")
+
+
+def show_gpu(shown: bool) -> None:
+    """Let PyTorch, and children to come, find the GPU or not. Here, not in a fixture: those of a module come first."""
+    for name, function in (_REAL if shown else _NONE).items():
+        setattr(torch.cuda, name, function)
+    if not shown:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    elif _VISIBLE is None:
+        os.environ.pop("CUDA_VISIBLE_DEVICES", None)
+    else:
+        os.environ["CUDA_VISIBLE_DEVICES"] = _VISIBLE
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
+    if HAS_GPU:
+        show_gpu(item.get_closest_marker("gpu") is not None)
     if item.get_closest_marker("gpu") and not HAS_GPU:
         message = "no NVIDIA GPU here; run on a machine with one: DDPM_FAST_REQUIRE_GPU=1 make test"
         if REQUIRE_GPU:
@@ -81,7 +114,9 @@ def _use_shim(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native, "_target", lambda x: (0, 0))
 
 
-if ONLY_SHIM:
+if PTX:
+    SERVED = [pytest.param(("triton", "cpu"), id="triton-ptx")]
+elif ONLY_SHIM:
     SERVED = [pytest.param(("native", "cpu"), id="cuda_on_cpu")]
 else:
     SERVED = [
@@ -105,6 +140,15 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
         _use_shim(monkeypatch)
     with ddpm_fast.use_backend(name):
         yield torch.device(where)
+
+
+@pytest.fixture(autouse=bool(PTX))
+def compiled_kernels(monkeypatch: pytest.MonkeyPatch, module: Callable[[str], Any]) -> Iterator[None]:
+    """With DDPM_FAST_TEST_PTX, what the Triton kernels are compiled to serves CPU tensors."""
+    ptx = module("gpu_check.ptx")
+    monkeypatch.setattr("ddpm_fast.backends.triton.unavailable_reason", lambda device: None)
+    with ptx.launches(PTX):
+        yield
 
 
 @pytest.fixture(autouse=True)

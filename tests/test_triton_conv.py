@@ -18,7 +18,7 @@ pytest.importorskip("triton", reason="Triton is not installed; pip install 'ddpm
 from ddpm_fast.backends.triton import launch
 from ddpm_fast.backends.triton.conv_call import Conv, Tile, first_terms, images_of, pack
 
-DEVICE = torch.device("cpu" if launch.INTERPRETED else "cuda")
+DEVICE = torch.device("cuda" if torch.cuda.is_available() and not launch.INTERPRETED else "cpu")
 GUARD = 55.0
 # Norm of the error over the norm of the result: weights and sources are exact in the dtype here, so half an ulp of
 # rounding at the end and, in float32, that of the sums.

@@ -14,7 +14,7 @@ from ddpm_fast.backends.triton import launch
 from ddpm_fast.backends.triton.conv_output import Output
 from ddpm_fast.noise import make_rng
 
-DEVICE = torch.device("cpu" if launch.INTERPRETED else "cuda")
+DEVICE = torch.device("cuda" if torch.cuda.is_available() and not launch.INTERPRETED else "cpu")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CASES = [
     pytest.param((2, 6, 10), 48, 3, id="odd"),

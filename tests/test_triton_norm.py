@@ -12,7 +12,7 @@ from ddpm_fast.backends.triton import launch
 from ddpm_fast.backends.triton.norm import Norm
 from ddpm_fast.inference.gpu_tiles import spans
 
-DEVICE = torch.device("cpu" if launch.INTERPRETED else "cuda")
+DEVICE = torch.device("cuda" if torch.cuda.is_available() and not launch.INTERPRETED else "cpu")
 GUARD = 55.0
 # Of the norm of the result: one rounding of it to the dtype, and in float32 that of the sums.
 BOUND = {torch.float32: 1e-6, torch.bfloat16: 2.5e-3, torch.float16: 3.2e-4}

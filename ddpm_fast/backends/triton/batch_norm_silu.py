@@ -11,7 +11,7 @@ from . import _batch_norm, _math, _rms_norm
 from .launch import launch
 
 
-@triton.jit(do_not_specialize=["eps_bits"])
+@triton.jit(do_not_specialize=["n", "eps_bits"])
 def _batch_norm_silu_sums_kernel(
     h_ptr,
     sums_ptr,

@@ -19,7 +19,7 @@ def _gradients(g_ptr, h_ptr, place, mask, mean, scale, beta, SILU: tl.constexpr)
     return g, (g * _math.silu_grad(d * scale + beta) if SILU else g), d
 
 
-@triton.jit(do_not_specialize=["eps_bits"])
+@triton.jit(do_not_specialize=["n", "eps_bits"])
 def _batch_norm_silu_backward_sums_kernel(
     g_ptr,
     h_ptr,
