@@ -7,12 +7,13 @@ A process of its own, because kernels decorated under TRITON_INTERPRET=1 cannot 
 from __future__ import annotations
 
 import json
+import sys
+from pathlib import Path
 from typing import Any
 
-import aot_sass
 import torch
 import triton
-from aot_child import meta
+from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler.compiler import max_shared_mem
 from triton.runtime import driver
@@ -25,6 +26,9 @@ from ddpm_fast.inference import gpu
 from ddpm_fast.inference.candidate import Frame, Packs, Place
 from ddpm_fast.inference.gpu_layers import TritonConv
 from ddpm_fast.inference.network import Buffer, Linear, Slice
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+from gpu_check import cubin
 
 CPU = torch.device("cpu")
 
@@ -85,6 +89,10 @@ def place() -> tuple[Linear, Place, Frame]:
     return layer, Place(2, 8, 8, torch.bfloat16, CPU, source, target, None, 1, Packs()), frame
 
 
+def meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
 def epilogue(pooled: bool) -> dict[str, Any]:
     """What follows a convolution of 64 images of 32 x 32, compiled: registers, spills, and its accesses to memory."""
     target = meta(64, 32, 32, 128, dtype=torch.bfloat16)[..., 64:]
@@ -93,9 +101,9 @@ def epilogue(pooled: bool) -> dict[str, Any]:
     with aot.recorded() as found:
         y = meta(64, 32, 32, 64, dtype=torch.bfloat16)
         finish(y, meta(1000, 2944), meta(64, dtype=torch.int64))
-    cubin = found[0].compile(90).asm["cubin"]
-    registers, stack = aot_sass.resources(cubin)
-    (counts,) = aot_sass.instructions([(90, cubin)])
+    made = found[0].compile(90).asm["cubin"]
+    registers, stack = cubin.resources(made)
+    counts = cubin.read([(90, made)])[0].opcodes
     spills = stack + sum(count for word, count in counts.items() if word.startswith(("LDL", "STL")))
     memory = {word: count for word, count in counts.items() if word.startswith(("LDG", "STG"))}
     return {"registers": registers, "spills": spills, "memory": memory}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -37,6 +38,7 @@ REPEATS = 2
 
 SPLITS = (1, 2, 4, 8, 16, 32)
 WARPS = (4, 8, 16)
+OF_THREAD = (4, 32)  # elements of an RMSNorm; with more it would compile for minutes and spill
 
 BENCHMARK = "cudnn.benchmark"
 """The group of the library's convolutions with the algorithm that a trial of cuDNN's finds, not its heuristic. No plan
@@ -118,9 +120,12 @@ def moved(layer: Layer, place: Place) -> float:
 
 
 def group_of(candidate: Candidate) -> str:
-    """Whose implementation it is: a library's (cuDNN, cuBLAS, oneDNN) with our pointwise op, Triton's, C++."""
+    """Whose implementation it is: a library's (cuDNN, cuBLAS, oneDNN) with our pointwise op, its convolution with all
+    that follows in one pass, Triton's, C++."""
     if isinstance(candidate, Library):
         return "library"
+    if candidate.name.startswith("conv2d, then"):  # its class cannot be imported without Triton
+        return "library, one pass"
     return "native" if isinstance(candidate, Native) else "triton"
 
 
@@ -130,7 +135,7 @@ def of_library(layer: Layer, place: Place) -> list[Candidate]:
 
 
 def all_splits(layer: Layer, place: Place) -> list[Candidate]:
-    """What a plan lists, and every listed tile with its sum cut into any number of parts."""
+    """What a plan lists, and every listed tile with its sum cut into any number of parts, added either way."""
     found = listed(layer, place)
     names = {candidate.name for candidate in found}
     for one in list(found):
@@ -138,11 +143,15 @@ def all_splits(layer: Layer, place: Place) -> list[Candidate]:
         if tile is None or kind == "first":
             continue
         from ddpm_fast.backends.triton.conv_call import TAPS
+        from ddpm_fast.inference.gpu_tiles import JOINED
 
         assert isinstance(layer, (Conv, Up, Linear))
         channels = layer.weight.shape[not isinstance(layer, Up)]
-        for splits in SPLITS:
-            other = dataclasses.replace(one, tile=dataclasses.replace(tile, splits=splits))  # type: ignore[type-var]
+        for splits, joined in itertools.product(SPLITS, (False, True)):
+            if joined and tile.m * tile.n > JOINED:
+                continue
+            split = dataclasses.replace(tile, splits=splits, joined=joined)
+            other = dataclasses.replace(one, tile=split)  # type: ignore[type-var]
             if TAPS.get(kind, 1) * channels // tile.k >= 2 * splits and other.name not in names:
                 names.add(other.name)
                 found.append(other)
@@ -163,8 +172,13 @@ def all_blocks(layer: Layer, place: Place) -> list[Candidate]:
         spans = [span for span in range(width, min(channels, MAX_SPAN) + 1, width) if channels % span == 0]
         more = [TritonNorm(span, warps) for span in spans for warps in WARPS]
     else:
-        blocks = [2**i for i in range(8) if 2**i <= place.h * place.w]
-        more = [TritonRMSNorm(pixels, warps) for pixels in blocks for warps in WARPS]
+        width = 1 << (channels - 1).bit_length()
+        fitting = [(2**i, warps) for i in range(10) for warps in WARPS if 2**i <= place.h * place.w]
+        more = [
+            TritonRMSNorm(pixels, warps)
+            for pixels, warps in fitting
+            if OF_THREAD[0] <= pixels * width // (32 * warps) <= OF_THREAD[1]
+        ]
     names = {one.name for one in found}
     return [*found, *(one for one in more if one.name not in names)]
 

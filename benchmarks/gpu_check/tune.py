@@ -8,18 +8,16 @@ In the order of predicted gain. Each table says what was predicted, which is a m
 from __future__ import annotations
 
 import dataclasses
-import functools
+import importlib
 import sys
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from candidate import Case, Problem
-from cases import CASES, Inputs
 from ours import Ours
-from timing import Timing, interleaved_rounds, step_rounds
+from timing import Timing, step_rounds
 
-import ddpm_fast
 from ddpm_fast.backends import unavailable_reason
 from ddpm_fast.inference.plan import listed
 from ddpm_fast.sampling import graphs
@@ -28,27 +26,31 @@ from . import layer_times, limits
 from .clock import Clock, setting
 from .findings import Findings, parser, run
 from .layer_times import Row
+from .op_blocks import op_blocks
 from .subjects import LUCIDRAINS, PAPER, REAL, TINY, TUTORIAL, Loops
 
 PREDICTED = {
     "layers": "the epilogue inside the product saves up to 1.45x at n = 512, tile-quantised 1.25x to 1.35x from 256 on",
     "splits": "up to n = 64, 17 of 23 layers have fewer tiles than the GPU has multiprocessors: they need splitting",
     "strides": "1 to 5 us per boundary between replays: 1 % to 5 % of a step at n = 1, nothing from n = 64 on",
+    "overlap": "2.8 us a kernel in a graph become 1.5: 86 us a step at n = 1 become 56, nothing from n = 64 on",
     "norms": "one pass over GroupNorm + SiLU: 15.7 MB an image and step in place of 35.4, up to 1.28x at n = 512",
     "ops": "12 bytes an element at 90 % of the copy rate; the updates are 1 % to 3 % of a step from n = 64 on",
 }
 STRIDES = (1, graphs.STRIDE, 50)
-QUADS = (128, 256, 512, 1024)
-OPS = ("ddpm_step", "q_sample", "normal")
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What is timed. networks: (table, name, n, which candidates)."""
+    """What is timed. networks: (table, name, n, which candidates). strided: batches whose steps per graph vary.
+    elements, dtypes, quads: of the elementwise ops, and of their programs in Triton. budget: seconds of a comparison.
+    edge, copied: of the product and the copy whose rates the tables refer to."""
 
     networks: tuple[tuple[str, str, int, layer_times.Listed], ...]
     strided: tuple[int, ...]
     elements: tuple[int, ...]
+    dtypes: tuple[torch.dtype, ...]
+    quads: tuple[int, ...]
     budget: float
     edge: int
     copied: int
@@ -66,6 +68,8 @@ FULL = Plan(
     ),
     strided=(1, 64),
     elements=(2**26, 2**18),
+    dtypes=(torch.float32, torch.bfloat16),
+    quads=(128, 256, 512, 1024),
     budget=3.0,
     edge=8192,
     copied=2**30,
@@ -79,6 +83,8 @@ SMALL = Plan(
     ),
     strided=(1,),
     elements=(2**14,),
+    dtypes=(torch.bfloat16,),
+    quads=(128, 512),
     budget=0.02,
     edge=128,
     copied=2**20,
@@ -141,68 +147,44 @@ def per_layer(
     return record, lines
 
 
-def strides(loops: Loops, n: int, budget: float) -> dict[str, Any]:
-    """Seconds of a step by rows per graph, in turn."""
+def steps_by(loops: Loops, n: int, budget: float, owner: Any, name: str, values: tuple[int, ...]) -> dict[str, Any]:
+    """Seconds of a step of the tutorial's network with owner.name at each of these values, in turn. A plan and its
+    graphs are made for each."""
     case = Case(TUTORIAL, n, loops.sizes.shape)
     problem = Problem(case, loops.device, loops.network())
 
-    def prepared(stride: int) -> Callable[[int], float]:
+    def prepared(value: int) -> Callable[[int], float]:
         ours = Ours(torch.bfloat16, fused=True)
-        ours.prepare(problem)
+        with setting(owner, name, value):
+            ours.prepare(problem)
 
         def seconds(steps: int) -> float:
-            with setting(graphs, "STRIDE", stride):
+            with setting(owner, name, value):
                 return ours.seconds(steps)
 
         return seconds
 
-    candidates = {str(stride): prepared(stride) for stride in STRIDES}
+    candidates = {str(value): prepared(value) for value in values}
     for seconds in candidates.values():
         for _ in range(2):  # a graph of one step, then that of several
             seconds(max(STRIDES))
     rounds = step_rounds(candidates, budget=budget, turn=min(0.3, budget), most_steps=problem.T)
-    return {"n": n, "step_seconds": {name: vars(Timing.of(values)) for name, values in rounds.items()}}
+    return {"n": n, "step_seconds": {value: vars(Timing.of(times)) for value, times in rounds.items()}}
 
 
-def op_blocks(device: torch.device, elements: int, dtype: torch.dtype, budget: float) -> dict[str, Any]:
-    """Bytes a second of the elementwise ops: C++ or CUDA, and Triton by quads of elements per program. ValueError where
-    two of them differ in a bit."""
-    variants: dict[str, Callable[[Callable[[], object]], object]] = {}
+def triton_launch() -> Any:
+    """The module that decides how kernels are launched."""
+    return importlib.import_module("ddpm_fast.backends.triton.launch")
 
-    def native(work: Callable[[], object]) -> object:
-        with ddpm_fast.use_backend("native"):
-            return work()
 
-    variants["native"] = native
-    if unavailable_reason("triton", device) is None:
-        from ddpm_fast.backends.triton import launch
-
-        def triton(work: Callable[[], object], quads: int) -> object:
-            with (
-                ddpm_fast.use_backend("triton"),
-                setting(launch, "QUADS_FEW", quads),
-                setting(launch, "QUADS_MANY", quads),
-            ):
-                return work()
-
-        variants |= {f"triton {quads}": functools.partial(triton, quads=quads) for quads in QUADS}
-    per_sample = 16 * 32 * 32  # of an Inputs
-    result: dict[str, Any] = {"elements": elements, "dtype": str(dtype).removeprefix("torch."), "ops": {}}
-    for case in (case for case in CASES if case.name in OPS):
-        first: torch.Tensor | None = None
-        for name, variant in variants.items():
-            small = Inputs.make(3, dtype, device)
-            made = variant(functools.partial(case.fast, small))
-            got = made if isinstance(made, torch.Tensor) else made[0] if isinstance(made, tuple) else small.noise
-            first = got.clone() if first is None else first
-            if not torch.equal(got, first):
-                raise ValueError(f"{case.name} by {name} differs from {next(iter(variants))}")
-        inputs = Inputs.make(max(1, elements // per_sample), dtype, device)
-        moved = case.bytes_per_element(inputs.x.element_size()) * inputs.x.numel()
-        runs = {name: functools.partial(v, functools.partial(case.fast, inputs)) for name, v in variants.items()}
-        rounds = interleaved_rounds(runs, device, budget=budget)
-        result["ops"][case.name] = {name: moved / Timing.of(values).median for name, values in rounds.items()}
-    return result
+def overlapping(findings: Findings) -> bool:
+    """Whether Triton's kernels can start beside the end of the one before, on this device."""
+    device = findings.device
+    able = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+    if not able or unavailable_reason("triton", device) is not None:
+        findings.leave_out("kernels that overlap: only a GPU of capability 9.0 and later has them, with Triton")
+        return False
+    return True
 
 
 def measure(findings: Findings) -> list[str]:
@@ -212,7 +194,7 @@ def measure(findings: Findings) -> list[str]:
     clock = Clock(device)
     if findings.rehearsal:
         findings.leave_out("Triton's implementations and CUDA graphs: only a GPU has them")
-    findings.leave_out("programmatic dependent launch, fp8: not built, so there is nothing to time")
+    findings.leave_out("fp8: not built, so there is nothing to time")
     products = findings.attempt("the rate of a product", limits.products, clock, plan.edge)
     copies = findings.attempt("the rate of a copy", limits.copies, clock, [plan.copied])
     if not products or not copies:
@@ -221,14 +203,17 @@ def measure(findings: Findings) -> list[str]:
     bandwidth = max(copies[0]["bytes_per_second"][name] for name in ("copy", "copy by a kernel"))
     nothing = layer_times.between_events(device)
     findings.add(
-        product_flop_per_second=rate, copy_bytes_per_second=bandwidth, between_events_us=nothing, predicted=PREDICTED
+        product_flop_per_second=rate,
+        copy_bytes_per_second=bandwidth,
+        between_events_us=nothing,
+        predicted_by_a_model=PREDICTED,
     )
     findings.say(
         f"bfloat16 product {rate / 1e12:.1f} TFLOP/s, copy {bandwidth / 1e9:.0f} GB/s; of every figure of a layer "
         f"{nothing:.1f} us are the timing itself"
     )
     last: list[str] = []
-    measured: dict[str, list[dict[str, Any]]] = {"layers": [], "strides": [], "ops": []}
+    measured: dict[str, list[dict[str, Any]]] = {"layers": [], "strides": [], "overlap": [], "ops": []}
 
     def title(text: str, kind: str) -> None:
         findings.say("", f"## {text}", f"predicted (a model's estimate, not measured): {PREDICTED[kind]}", "")
@@ -244,25 +229,33 @@ def measure(findings: Findings) -> list[str]:
             shown = (f"{group} {found['us']:.0f} us" for group, found in made[0]["sums"].items())
             last.append(f"{name}, n = {n}, sums over layers: {', '.join(shown)}")
 
+    def variants(kind: str, what: str, n: int, owner: Any, name: str, values: tuple[int, ...]) -> None:
+        made = findings.attempt(f"{what}, n = {n}", steps_by, loops, n, plan.budget, owner, name, values)
+        if made is not None:
+            measured[kind].append(made)
+            findings.add(**measured)
+            title(f"{what}, n = {n}", kind)
+            for value, timing in made["step_seconds"].items():
+                last.append(f"n = {n}, {what}: {value:>2}: {timing['median'] * 1e6:>9.1f} us a step")
+                findings.say(last[-1])
+
     for which in (which for which in plan.networks if which[0] == "layers"):
         layers(which)
     for which in (which for which in plan.networks if which[0] == "splits"):
         layers(which)
     for n in plan.strided:
-        made = findings.attempt(f"steps per graph, n = {n}", strides, loops, n, plan.budget)
-        if made is not None:
-            measured["strides"].append(made)
-            findings.add(**measured)
-            title(f"steps per graph, n = {n}", "strides")
-            for stride, timing in made["step_seconds"].items():
-                last.append(f"n = {n}, {stride:>2} steps a graph: {timing['median'] * 1e6:>9.1f} us a step")
-                findings.say(last[-1])
+        variants("strides", "steps per graph", n, graphs, "STRIDE", STRIDES)
+    for n in plan.strided if overlapping(findings) else ():
+        variants("overlap", "kernels that overlap (0: no, 1: yes)", n, triton_launch(), "OVERLAP", (0, 1))
     for which in (which for which in plan.networks if which[0] == "norms"):
         layers(which)
-    for elements in plan.elements:
-        for dtype in (torch.float32, torch.bfloat16):
+    able = any(unavailable_reason(backend, device) is None for backend in ("native", "triton"))
+    if not able:
+        findings.leave_out("blocks of the ops: neither the extension nor Triton can serve this device")
+    for elements in plan.elements if able else ():
+        for dtype in plan.dtypes:
             what = f"blocks of the ops, {elements} elements, {dtype}"
-            made = findings.attempt(what, op_blocks, device, elements, dtype, plan.budget / 6)
+            made = findings.attempt(what, op_blocks, device, elements, dtype, plan.quads, plan.budget / 6)
             if made is not None:
                 measured["ops"].append(made)
                 findings.add(**measured)
