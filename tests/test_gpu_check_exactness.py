@@ -223,8 +223,7 @@ def test_children_that_crash_or_hang_are_named_and_the_rest_goes_on(module, monk
 
 def test_the_rehearsal_writes_its_results(tmp_path, exactness, capsys, monkeypatch):
     out = tmp_path / "exactness.json"
-    monkeypatch.setenv("PYTHONPATH", f"{exactness.ROOT}/benchmarks")
-    monkeypatch.chdir(exactness.ROOT)
+    monkeypatch.chdir(tmp_path)
     code = exactness.main(["--out", str(out), "--rehearse", "--only", "random_bits", "--seed", "5", "--workers", "1"])
     figures = json.loads(out.read_text())
     assert (code, figures["ok"], figures["rehearsal"], figures["failures"]) == (0, True, True, [])

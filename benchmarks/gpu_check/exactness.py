@@ -24,7 +24,7 @@ import torch
 
 from gpu_check import op_checks
 from gpu_check.op_cases import DTYPES, RULES
-from gpu_check.workers import Task, save, serve, spread
+from gpu_check.workers import Task, save, serve, spread, with_path
 
 ROOT = Path(__file__).resolve().parents[2]
 BACKENDS = ("native", "triton")
@@ -52,7 +52,8 @@ def tasks(rehearse: bool, only: Iterable[str] = ()) -> list[Task]:
             result += [{**of_network("network", name, dtypes[0]), "needs": 30} for name in NETWORKS]
     if only:
         return result
-    result += [{"kind": "large", "name": "over 2^31 elements", "backend": backend} for backend in BACKENDS]
+    many = "as with 2^31 elements" if rehearse else "over 2^31 elements"
+    result += [{"kind": "large", "name": many, "backend": backend} for backend in BACKENDS]
     if not rehearse:
         result += [{**of_network("plan", name, dtype), "needs": 60} for dtype in PLANNED for name in NETWORKS]
     return result
@@ -189,7 +190,7 @@ def main(argv: list[str] | None = None) -> int:
             print(f"exactness: {failure}", file=sys.stderr, flush=True)
         save(given.out, figures)
 
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment = with_path({name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"})
     environment |= {"OMP_NUM_THREADS": "1"} | ({"TRITON_INTERPRET": "1"} if given.rehearse else {})
     workers = given.workers or (2 if given.rehearse else max(1, min(MOST_WORKERS, (os.cpu_count() or 1) - 1)))
     common = {"device": str(device), "seed": seed, "rehearse": given.rehearse}

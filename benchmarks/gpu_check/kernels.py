@@ -37,12 +37,16 @@ class Kernel:
     spills: instructions that read or write local memory; spills_in_loops: those of them that can run again.
     memory: accesses to global memory by full opcode. instructions: of the whole kernel, loop bodies once and rare
     branches included; main_path: of the shortest way through what makes a kernel out, where that was looked for.
-    elements: of a thread. inexact: words of PTX that an exact kernel cannot have, how often. contracted: fused
-    multiply-adds that are left when roots and divisions, which are made of them, are approximated; None: not looked at.
+    elements: of a thread. inexact: words of PTX that an exact kernel cannot have, how often. fused: of SASS,
+    fused multiply-adds of float32; contracted: those that are left when roots and divisions, which are made of them, are approximated; None: not looked at.
 
     exact: no approximate arithmetic allowed. wide_loads, wide_stores: bytes per element of every array promised to go
     128 bits at a time; narrow: of the others. layouts: different ways in which threads share the elements of float32
-    images. kind, rows, residual: of a convolution. used: where a plan has it, "network N=64 bf16".
+    images. used: where a plan has it, "network N=64 bf16"; of "layers", which candidate it is.
+
+    Of a plan's layer: kind; tile, rows and columns of a program; stored, bytes of an element for each array that gets
+    all of the tile, the last one its target unless that is another kernel's; pooled, whether another gets a quarter;
+    residual; joined, whether it counts the programs that are through.
     """
 
     part: str
@@ -63,6 +67,7 @@ class Kernel:
     main_path: int | None = None
     elements: int | None = None
     inexact: dict[str, int] = dataclasses.field(default_factory=dict)
+    fused: int = 0
     contracted: int | None = None
     exact: bool = True
     wide_loads: list[int] = dataclasses.field(default_factory=list)
@@ -71,8 +76,11 @@ class Kernel:
     layouts: int = 0
     blocks: list[int | None] = dataclasses.field(default_factory=list)
     kind: str | None = None
-    rows: int | None = None
+    tile: list[int] = dataclasses.field(default_factory=list)
+    stored: list[int] = dataclasses.field(default_factory=list)
+    pooled: bool = False
     residual: bool = False
+    joined: bool = False
     used: list[str] = dataclasses.field(default_factory=list)
 
     @classmethod
@@ -102,3 +110,13 @@ class Kernel:
         """Instructions LDG, STG or LDGSTS, of so many bits, whatever hints to the caches they carry."""
         wanted = re.compile(kind + (r"\b" if width is None else rf"\.E\.([A-Z]\w*\.)*{width}\b"))
         return sum(count for opcode, count in self.memory.items() if wanted.match(opcode))
+
+    def widths(self, kind: str) -> set[int]:
+        """Bits of its accesses LDG, STG or LDGSTS."""
+        found = set()
+        for opcode in self.memory:
+            name, *words = opcode.split(".")
+            if name == kind:
+                narrow = {"U8": 8, "S8": 8, "U16": 16, "S16": 16, "64": 64, "128": 128}
+                found.add(next((narrow[word] for word in words if word in narrow), 32))
+        return found

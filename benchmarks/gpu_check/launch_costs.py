@@ -115,11 +115,11 @@ def launches(findings: Findings, clock: Clock) -> None:
         if findings.attempt(f"the first {name}", first_call, work, clock) is None:
             del works[name]
     findings.say(f"{'launch':<48}{'us':>9}")
-    calls = 20 if findings.rehearsal else MOST_CALLS
+    calls = 5 if findings.rehearsal else MOST_CALLS
     if (host := findings.attempt("launches from Python", host_costs, clock, works, calls)) is not None:
         findings.add(eager_host_seconds={name: vars(timing) for name, timing in host.items()})
         findings.say(*[f"{f'{n}: a call from Python':<48}{t.median * 1e6:>9.2f}" for n, t in host.items()])
-    if clock.device.type != "cuda":
+    if not clock.on_gpu:
         return
     if (found := findings.attempt("launches in a graph", graph_costs, clock, works)) is not None:
         findings.add(graph=found)

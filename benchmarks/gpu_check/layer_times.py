@@ -37,6 +37,7 @@ REPEATS = 2
 
 SPLITS = (1, 2, 4, 8, 16, 32)
 WARPS = (4, 8, 16)
+OF_THREAD = (4, 32)  # elements of an RMSNorm; with more it would compile for minutes and spill
 
 BENCHMARK = "cudnn.benchmark"
 """The group of the library's convolutions with the algorithm that a trial of cuDNN's finds, not its heuristic. No plan
@@ -163,8 +164,13 @@ def all_blocks(layer: Layer, place: Place) -> list[Candidate]:
         spans = [span for span in range(width, min(channels, MAX_SPAN) + 1, width) if channels % span == 0]
         more = [TritonNorm(span, warps) for span in spans for warps in WARPS]
     else:
-        blocks = [2**i for i in range(8) if 2**i <= place.h * place.w]
-        more = [TritonRMSNorm(pixels, warps) for pixels in blocks for warps in WARPS]
+        width = 1 << (channels - 1).bit_length()
+        fitting = [(2**i, warps) for i in range(10) for warps in WARPS if 2**i <= place.h * place.w]
+        more = [
+            TritonRMSNorm(pixels, warps)
+            for pixels, warps in fitting
+            if OF_THREAD[0] <= pixels * width // (32 * warps) <= OF_THREAD[1]
+        ]
     names = {one.name for one in found}
     return [*found, *(one for one in more if one.name not in names)]
 

@@ -50,8 +50,8 @@ def clocks(device: torch.device) -> dict[str, str]:
     tool = shutil.which("nvidia-smi")
     if tool is None:
         return {}
-    uuid = getattr(torch.cuda.get_device_properties(device), "uuid", None)
-    which = () if uuid is None else ("-i", f"GPU-{uuid}")
+    uuid = str(getattr(torch.cuda.get_device_properties(device), "uuid", ""))
+    which = ("-i", uuid if uuid.startswith(("GPU-", "MIG-")) else f"GPU-{uuid}") if uuid else ()
 
     def ask(fields: tuple[str, ...]) -> dict[str, str]:
         command = [tool, f"--query-gpu={','.join(fields)}", "--format=csv,noheader", *which]
@@ -152,8 +152,8 @@ def under_load(clock: Clock, edge: int) -> dict[str, str]:
 def measure(findings: Findings) -> list[str]:
     """Everything, the ceilings first."""
     device, small = findings.device, findings.rehearsal
-    clock, on_gpu = Clock(device), device.type == "cuda"
-    if on_gpu:
+    clock = Clock(device)
+    if clock.on_gpu:
         found = findings.attempt("the card", card, device)
         findings.add(card=found, clocks_at_rest=findings.attempt("clocks", clocks, device) or {})
         if found:
@@ -185,14 +185,15 @@ def measure(findings: Findings) -> list[str]:
             findings.say(f"product {row['edge']}^3, {row['type']:<10}{row['flop_per_second'] / 1e12:>9.2f} TFLOP/s")
             if not row["error"] <= ERRORS[row["type"]]:
                 findings.fail(f"a {row['type']} product has a relative error of {row['error']:.2g} against float64")
-    size = (2, 16, 8) if small else (512, 256, 32)
-    if (conv := findings.attempt("a convolution", convolution, clock, *size)) is not None:
+    shape = (2, 16, 8) if small else (512, 256, 32)
+    if (conv := findings.attempt("a convolution", convolution, clock, *shape)) is not None:
         findings.add(convolution=conv)
         findings.say(f"3x3 convolution, bfloat16  {conv['flop_per_second'] / 1e12:>9.2f} TFLOP/s of {conv['shape']}")
     with torch.inference_mode():  # as sampling does; a view less to keep account of
         launches(findings, clock)
-    if on_gpu:
-        findings.add(clocks_under_load=findings.attempt("clocks under load", under_load, clock, 8192) or {})
+    if clock.on_gpu:
+        told_then = findings.attempt("clocks under load", under_load, clock, 128 if small else 8192)
+        findings.add(clocks_under_load=told_then or {})
         for name in ("clocks_at_rest", "clocks_under_load"):
             told = ", ".join(f"{field} {value}" for field, value in findings.figures[name].items())
             findings.say(f"{name.replace('_', ' ')}: {told or 'nvidia-smi could not be asked'}")

@@ -26,13 +26,16 @@ from ddpm_fast.sampling import graphs
 from .findings import Findings, parser, run
 from .same_bits import CHUNK, determinism, distances, far, replays
 from .subjects import PAPER, REAL, SEED, TINY, TUTORIAL, Loops, T
-from .trace import Steps, counted, marked, problems, profiled
+from .trace import GRAPH, Steps, counted, marked, problems, profiled
 
 GOALS = {
     **{(TUTORIAL, n): seconds for n, seconds in ((1, 0.10), (16, 0.135), (64, 0.26), (512, 1.40))},
     **{(PAPER, n): seconds for n, seconds in ((1, 0.55), (64, 2.1))},
 }
 """Seconds of 1000 steps that are to be reached on an H100."""
+
+
+PROFILE = f"{'profile':<34}{'steps':>6}{'waits':>6}{'graphs':>7}{'works/step':>11}{'us/step':>9}{'busy':>6}"
 
 
 # -- (a) nothing waits -------------------------------------------------------------------------------------------------
@@ -49,33 +52,20 @@ def profile_of(loops: Loops, sampler: Sampler, n: int, steps: int, graphed: bool
     return found, problems(found, steps // stride + steps % stride if graphed else 0, on_gpu)
 
 
-def profiles(findings: Findings, loops: Loops) -> None:
-    """With and without a plan, graphed and not."""
-    (n, steps), eager = loops.sizes.profiled, loops.sizes.eager
-    rows: list[dict[str, Any]] = []
-    findings.say(f"{'profile':<34}{'steps':>6}{'waits':>6}{'graphs':>7}{'works/step':>11}{'us/step':>9}{'busy':>6}")
-    for fused in (True, False):
-        for graphed, count in ((True, steps), (False, eager)):
-            what = f"{'fused' if fused else 'no plan'}, {'graph' if graphed else 'eager'}, n = {n}"
-
-            def one(fused: bool = fused, graphed: bool = graphed, count: int = count) -> tuple[Steps, list[str]]:
-                return profile_of(loops, loops.usual(fused=fused, graphed=graphed), n, count, graphed)
-
-            made = findings.attempt(f"profile of {what}", one)
-            if made is None:
-                continue
-            found, wrong = made
-            for line in wrong:
-                findings.fail(f"profile of {what}: {line}")
-            rows.append(
-                {"what": what, "fused": fused, "graph": graphed, **dataclasses.asdict(found), "failures": wrong}
-            )
-            findings.add(profiles=rows)
-            device = "" if found.device_us is None else f"{found.device_us:>9.1f}{found.busy or 0:>6.0%}"
-            waits, launches = sum(found.waits.values()), found.calls.get("cudaGraphLaunch", 0)
-            findings.say(f"{what:<34}{count:>6}{waits:>6}{launches:>7}{found.works_per_step:>11.1f}{device}")
-            for k in found.kernels[:5]:
-                findings.say(f"    {k['us_per_step']:>8.2f} us  {k['per_step']:>5.1f} x {k['name']}")
+def one_profile(findings: Findings, loops: Loops, fused: bool, graphed: bool, n: int, steps: int) -> None:
+    """Its record and its lines."""
+    what = f"{'fused' if fused else 'no plan'}, {'graph' if graphed else 'eager'}, n = {n}"
+    sampler = loops.usual(fused=fused, graphed=graphed)
+    found, wrong = profile_of(loops, sampler, n, steps, graphed)
+    for line in wrong:
+        findings.fail(f"profile of {what}: {line}")
+    record = {"what": what, "n": n, "fused": fused, "graph": graphed, **dataclasses.asdict(found), "failures": wrong}
+    findings.add(profiles=[*findings.figures.get("profiles", []), record])
+    device = "" if found.device_us is None else f"{found.device_us:>9.1f}{found.busy or 0:>6.0%}"
+    waits, launches = sum(found.waits.values()), found.calls.get(GRAPH, 0)
+    findings.say(PROFILE, f"{what:<34}{steps:>6}{waits:>6}{launches:>7}{found.works_per_step:>11.1f}{device}")
+    for k in found.kernels[:5]:
+        findings.say(f"    {k['us_per_step']:>8.2f} us  {k['per_step']:>5.1f} x {k['name']}")
 
 
 def strict(loops: Loops, fused: bool, graphed: bool) -> None:
@@ -128,13 +118,17 @@ def measure(findings: Findings) -> list[str]:
     loops = Loops(findings.device, sizes)
     if findings.rehearsal:
         findings.leave_out("graph launches, kernels, synchronisation: only a GPU has them")
-    profiles(findings, loops)
+    n, steps = sizes.profiled
+
+    def profile(fused: bool, graphed: bool, n: int, steps: int) -> None:
+        what = f"profile, {'fused' if fused else 'no plan'}, {'graph' if graphed else 'eager'}, n = {n}"
+        findings.attempt(what, one_profile, findings, loops, fused, graphed, n, steps)
+
     for fused in (True, False):
         for graphed in (True, False):
-            what = (
-                f"{'fused' if fused else 'no plan'}, {'graph' if graphed else 'eager'}: PyTorch never waits in a step"
-            )
-            findings.attempt(what, strict, loops, fused, graphed)
+            profile(fused, graphed, n, steps if graphed else sizes.eager)
+            what = f"{'fused' if fused else 'no plan'}, {'graph' if graphed else 'eager'}"
+            findings.attempt(f"{what}: PyTorch never waits in a step", strict, loops, fused, graphed)
 
     timed: list[dict[str, Any]] = []
     findings.say(
@@ -170,6 +164,7 @@ def measure(findings: Findings) -> list[str]:
     compare("deterministic, fused", determinism, True)
     for name, n in others[:2]:
         time_one(name, n)
+    profile(True, True, 1, steps)
     compare("graph against eager", replays)
     for name, n in others[2:]:
         time_one(name, n)

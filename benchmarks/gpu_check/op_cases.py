@@ -30,7 +30,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "add_bias_temb_backward": ("same", "sums", "sums"),
     "batch_norm_silu": ("close", "sums", "sums"),
     "batch_norm_silu_backward": ("close", "sums", "sums", "sums"),
-    "group_norm_silu": ("close", "close", "close"),
+    "group_norm_silu": ("close", "sums", "sums"),
     "group_norm_silu_backward": ("close", "sums", "sums", "sums"),
     "rms_norm_silu": ("close",),
     "rms_norm_silu_backward": ("close", "sums", "sums"),

@@ -64,10 +64,12 @@ class Code:
         """Fewest instructions from the entry to an EXIT on a way that executes every instruction matching ``required``.
 
         Optional parts are branched over, so this is the main path of the kernel when what makes it out is required.
+        ValueError where there is no such way.
         """
         start = next(iter(self.instructions))
         must = [at for at, text in self.instructions.items() if any(re.match(rf"{p}\b", text) for p in required)]
-        assert must, f"{self.name} has no {required}"
+        if not must:
+            raise ValueError(f"{self.name} has no {required}")
         bit = {address: 1 << k for k, address in enumerate(must)}
         queue = [(1, start, bit.get(start, 0))]
         seen = set()
@@ -80,7 +82,7 @@ class Code:
                 return length
             for target in self._next(address):
                 heapq.heappush(queue, (length + 1, target, done | bit.get(target, 0)))
-        raise AssertionError(f"{self.name}: no path through {required}")
+        raise ValueError(f"{self.name}: no path through {required}")
 
     def repeated(self, pattern: str) -> int:
         """How many of the instructions that match are in a loop: control can come back to them."""

@@ -60,6 +60,29 @@ def elements(launch: Specialisation) -> int | None:
     return max(1, count // (32 * launch.options["num_warps"]))
 
 
+def given(launch: Specialisation, pointer: str) -> bool:
+    """Whether a launch has this array, which it may do without."""
+    return launch.signature.get(pointer, "constexpr") != "constexpr"
+
+
+def stores(launch: Specialisation) -> dict[str, Any]:
+    """What a program of a plan's layer stores, as fields of `Kernel`."""
+    rows, columns = launch.constants.get("BLOCK_M"), launch.constants.get("BLOCK_N")
+    if rows is None or columns is None:
+        return {}
+    parts = launch.kernel.fn.__name__ == "_conv_kernel" and given(launch, "partial_ptr")
+    joined = parts and given(launch, "count_ptr")
+    own = not parts or joined
+    size = 4 if launch.signature["target_ptr"] == "*fp32" else 2
+    return {
+        "tile": [rows, columns],
+        "stored": [*([4] if parts else []), *([size] if own else [])],
+        "pooled": own and given(launch, "pooled_ptr"),
+        "residual": own and given(launch, "residual_ptr"),
+        "joined": joined,
+    }
+
+
 def kernel_of(job: Job, made: Any, code: Code) -> Kernel:
     """Everything that is judged, of one compiled kernel."""
     launch, ptx = job.launch, made.asm["ptx"]
@@ -86,6 +109,7 @@ def kernel_of(job: Job, made: Any, code: Code) -> Kernel:
         hmma=total("HMMA"),
         memory={word: n for word, n in code.opcodes.items() if word.startswith(("LDG", "STG"))},
         instructions=sum(code.opcodes.values()),
+        fused=code.count("FFMA"),
         elements=elements(launch),
         inexact={word: n for word in INEXACT if (n := len(re.findall(word, ptx)))},
         # Approximate functions are for what is then rounded to half precision; the last layer's is float32.
@@ -96,9 +120,8 @@ def kernel_of(job: Job, made: Any, code: Code) -> Kernel:
         layouts=len(set(ACCESS.findall(made.asm["ttgir"]))),
         blocks=[launch.constants.get("BLOCK_N"), launch.constants.get("BLOCK_Q")],
         kind=launch.constants.get("KIND"),
-        rows=launch.constants.get("BLOCK_M"),
-        residual=launch.signature.get("residual_ptr", "constexpr") != "constexpr",
         used=job.used,
+        **stores(launch),
     )
 
 

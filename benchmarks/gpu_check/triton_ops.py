@@ -1,4 +1,5 @@
-"""The launches of the Triton ops that are compiled and read: every kernel, dtype and architecture, and what comes once."""
+"""The launches of the Triton ops that are compiled and read: every kernel for every dtype and architecture, then other
+formats and options once."""
 
 from __future__ import annotations
 

@@ -12,13 +12,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import ddpm_fast
 from ddpm_fast.backends.triton import aot
+from ddpm_fast.backends.triton.conv_output import Output as OutputLaunch
 from ddpm_fast.inference.candidate import Frame, Packs
 from ddpm_fast.inference.gpu_layers import listed
 from ddpm_fast.inference.known import read
+from ddpm_fast.inference.network import Output
 from ddpm_fast.inference.plan import places, signature
 
 from .triton_jobs import Job
@@ -88,6 +90,22 @@ def recorded(network: Any, plan: Plan) -> Iterator[tuple[str, aot.Specialisation
                 candidate.prepare(layer, place)(frame)
             for launch in launches:
                 yield f"{layer.name} ({candidate.name})", launch
+        if isinstance(layer, Output) and layer.weight.shape[-1] == 1:
+            assert place.source is not None
+            with aot.recorded() as launches:
+                last_with_step(OutputLaunch(place.source, layer.weight, layer.bias), plan.n, network.image_channels)
+            yield f"{layer.name} (with the step)", launches[0]
+
+
+def last_with_step(last: OutputLaunch, n: int, channels: int) -> None:
+    """Runs the last layer and the reverse step in one."""
+
+    def integers(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    x, table = (torch.empty(shape, device="meta") for shape in ((n, channels, SIDE, SIDE), (1000, 8)))
+    row, bad_row = integers(1), integers(1, dtype=torch.int32)
+    last.step(x, table, integers(1000, dtype=torch.int32), row, integers(2), bad_row, None)
 
 
 def jobs(wanted: Sequence[Plan]) -> list[Job]:

@@ -8,18 +8,15 @@ In the order of predicted gain. Each table says what was predicted, which is a m
 from __future__ import annotations
 
 import dataclasses
-import functools
 import sys
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from candidate import Case, Problem
-from cases import CASES, Inputs
 from ours import Ours
-from timing import Timing, interleaved_rounds, step_rounds
+from timing import Timing, step_rounds
 
-import ddpm_fast
 from ddpm_fast.backends import unavailable_reason
 from ddpm_fast.inference.plan import listed
 from ddpm_fast.sampling import graphs
@@ -28,6 +25,7 @@ from . import layer_times, limits
 from .clock import Clock, setting
 from .findings import Findings, parser, run
 from .layer_times import Row
+from .op_blocks import op_blocks
 from .subjects import LUCIDRAINS, PAPER, REAL, TINY, TUTORIAL, Loops
 
 PREDICTED = {
@@ -38,17 +36,19 @@ PREDICTED = {
     "ops": "12 bytes an element at 90 % of the copy rate; the updates are 1 % to 3 % of a step from n = 64 on",
 }
 STRIDES = (1, graphs.STRIDE, 50)
-QUADS = (128, 256, 512, 1024)
-OPS = ("ddpm_step", "q_sample", "normal")
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What is timed. networks: (table, name, n, which candidates)."""
+    """What is timed. networks: (table, name, n, which candidates). strided: batches whose steps per graph vary.
+    elements, dtypes, quads: of the elementwise ops, and of their programs in Triton. budget: seconds of a comparison.
+    edge, copied: of the product and the copy whose rates the tables refer to."""
 
     networks: tuple[tuple[str, str, int, layer_times.Listed], ...]
     strided: tuple[int, ...]
     elements: tuple[int, ...]
+    dtypes: tuple[torch.dtype, ...]
+    quads: tuple[int, ...]
     budget: float
     edge: int
     copied: int
@@ -66,6 +66,8 @@ FULL = Plan(
     ),
     strided=(1, 64),
     elements=(2**26, 2**18),
+    dtypes=(torch.float32, torch.bfloat16),
+    quads=(128, 256, 512, 1024),
     budget=3.0,
     edge=8192,
     copied=2**30,
@@ -79,6 +81,8 @@ SMALL = Plan(
     ),
     strided=(1,),
     elements=(2**14,),
+    dtypes=(torch.bfloat16,),
+    quads=(128, 512),
     budget=0.02,
     edge=128,
     copied=2**20,
@@ -164,47 +168,6 @@ def strides(loops: Loops, n: int, budget: float) -> dict[str, Any]:
     return {"n": n, "step_seconds": {name: vars(Timing.of(values)) for name, values in rounds.items()}}
 
 
-def op_blocks(device: torch.device, elements: int, dtype: torch.dtype, budget: float) -> dict[str, Any]:
-    """Bytes a second of the elementwise ops: C++ or CUDA, and Triton by quads of elements per program. ValueError where
-    two of them differ in a bit."""
-    variants: dict[str, Callable[[Callable[[], object]], object]] = {}
-
-    def native(work: Callable[[], object]) -> object:
-        with ddpm_fast.use_backend("native"):
-            return work()
-
-    variants["native"] = native
-    if unavailable_reason("triton", device) is None:
-        from ddpm_fast.backends.triton import launch
-
-        def triton(work: Callable[[], object], quads: int) -> object:
-            with (
-                ddpm_fast.use_backend("triton"),
-                setting(launch, "QUADS_FEW", quads),
-                setting(launch, "QUADS_MANY", quads),
-            ):
-                return work()
-
-        variants |= {f"triton {quads}": functools.partial(triton, quads=quads) for quads in QUADS}
-    per_sample = 16 * 32 * 32  # of an Inputs
-    result: dict[str, Any] = {"elements": elements, "dtype": str(dtype).removeprefix("torch."), "ops": {}}
-    for case in (case for case in CASES if case.name in OPS):
-        first: torch.Tensor | None = None
-        for name, variant in variants.items():
-            small = Inputs.make(3, dtype, device)
-            made = variant(functools.partial(case.fast, small))
-            got = made if isinstance(made, torch.Tensor) else made[0] if isinstance(made, tuple) else small.noise
-            first = got.clone() if first is None else first
-            if not torch.equal(got, first):
-                raise ValueError(f"{case.name} by {name} differs from {next(iter(variants))}")
-        inputs = Inputs.make(max(1, elements // per_sample), dtype, device)
-        moved = case.bytes_per_element(inputs.x.element_size()) * inputs.x.numel()
-        runs = {name: functools.partial(v, functools.partial(case.fast, inputs)) for name, v in variants.items()}
-        rounds = interleaved_rounds(runs, device, budget=budget)
-        result["ops"][case.name] = {name: moved / Timing.of(values).median for name, values in rounds.items()}
-    return result
-
-
 def measure(findings: Findings) -> list[str]:
     """Everything in turn; the sums once more, to stand last."""
     plan, sizes = (SMALL, TINY) if findings.rehearsal else (FULL, REAL)
@@ -221,7 +184,10 @@ def measure(findings: Findings) -> list[str]:
     bandwidth = max(copies[0]["bytes_per_second"][name] for name in ("copy", "copy by a kernel"))
     nothing = layer_times.between_events(device)
     findings.add(
-        product_flop_per_second=rate, copy_bytes_per_second=bandwidth, between_events_us=nothing, predicted=PREDICTED
+        product_flop_per_second=rate,
+        copy_bytes_per_second=bandwidth,
+        between_events_us=nothing,
+        predicted_by_a_model=PREDICTED,
     )
     findings.say(
         f"bfloat16 product {rate / 1e12:.1f} TFLOP/s, copy {bandwidth / 1e9:.0f} GB/s; of every figure of a layer "
@@ -259,10 +225,13 @@ def measure(findings: Findings) -> list[str]:
                 findings.say(last[-1])
     for which in (which for which in plan.networks if which[0] == "norms"):
         layers(which)
-    for elements in plan.elements:
-        for dtype in (torch.float32, torch.bfloat16):
+    able = any(unavailable_reason(backend, device) is None for backend in ("native", "triton"))
+    if not able:
+        findings.leave_out("blocks of the ops: neither the extension nor Triton can serve this device")
+    for elements in plan.elements if able else ():
+        for dtype in plan.dtypes:
             what = f"blocks of the ops, {elements} elements, {dtype}"
-            made = findings.attempt(what, op_blocks, device, elements, dtype, plan.budget / 6)
+            made = findings.attempt(what, op_blocks, device, elements, dtype, plan.quads, plan.budget / 6)
             if made is not None:
                 measured["ops"].append(made)
                 findings.add(**measured)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import queue
 import subprocess
 import sys
@@ -24,6 +25,8 @@ GRACE = 20.0
 LONGEST = 300.0
 """Seconds that a task gets at the most."""
 
+BENCHMARKS = Path(__file__).resolve().parents[1]
+
 Task = dict[str, Any]
 
 
@@ -35,6 +38,12 @@ def serve(do: Callable[[Task], Task]) -> int:
         if answer.get("dead"):
             return 1
     return 0
+
+
+def with_path(environment: Mapping[str, str]) -> dict[str, str]:
+    """The same variables, with which a child of any folder imports this package, its neighbours and this checkout."""
+    folders = [str(BENCHMARKS), str(BENCHMARKS.parent), *filter(None, [environment.get("PYTHONPATH")])]
+    return {**environment, "PYTHONPATH": os.pathsep.join(folders)}
 
 
 def save(path: Path, figures: Mapping[str, Any]) -> None:

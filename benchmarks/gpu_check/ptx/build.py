@@ -89,7 +89,7 @@ def library() -> ctypes.CDLL:
         *(ctypes.c_void_p, ctypes.POINTER(Region), ctypes.c_int),
         *(ctypes.POINTER(ctypes.c_uint64), ctypes.c_int, ctypes.c_char_p, ctypes.c_int64),
         *(ctypes.POINTER(ctypes.c_uint32), ctypes.c_uint32, ctypes.c_uint64, ctypes.c_uint64),
-        *(ctypes.c_char_p, ctypes.c_int64),
+        *(ctypes.c_int, ctypes.c_char_p, ctypes.c_int64),
     )
     return lib
 

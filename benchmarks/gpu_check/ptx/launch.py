@@ -27,13 +27,15 @@ class Fault(AssertionError):
 
 @dataclass(frozen=True)
 class Launched:
-    """One launch that was executed. instructions: run by warps of 32 lanes."""
+    """One launch that was executed. instructions: run by warps of 32 lanes. hazards: races in global memory that change
+    nothing, for the opposite order of all blocks and warps leaves the same bytes."""
 
     kernel: str
     program: Program
     specialisation: Any
     grid: tuple[int, ...]
     instructions: int
+    hazards: list[str]
 
     @property
     def approximate(self) -> list[str]:
@@ -77,33 +79,59 @@ class _Arrays:
         return base
 
 
-def execute(program: Program, grid: tuple[int, ...], values: list[tuple[str, Any]], shared: int) -> int:
+def execute(
+    program: Program, grid: tuple[int, ...], values: list[tuple[str, Any]], shared: int, overlaps: bool = False
+) -> tuple[int, list[str]]:
     """Run a program over a grid. values: (name, tensor or int) of every parameter but those at the end that Triton
-    adds, which are null. Returns the count of instructions; Fault where something is wrong."""
+    adds, which are null. overlaps: with the kernel before it, as programmatic dependent launch lets it. Returns the
+    count of instructions and the hazards; Fault where something is wrong."""
     arrays = _Arrays()
-    block = bytearray(sum(8 for _ in program.parameters))
+    block = bytearray(8 * len(program.parameters))
     for (at, size), (name, value) in zip(program.parameters, values, strict=False):
         number = arrays.add(name, value) if isinstance(value, Tensor) else value
         struct.pack_into({4: "<I", 8: "<Q"}[size], block, at, number & (1 << 8 * size) - 1)
-    message = ctypes.create_string_buffer(1000)
+    storages = {x.untyped_storage().data_ptr(): x.untyped_storage() for _, x in values if isinstance(x, Tensor)}
+    before = [storage.clone() for storage in storages.values()]
+    count, hazards = _run(program, arrays, bytes(block), grid, shared, 2 * overlaps)
+    if hazards:
+        after = [storage.clone() for storage in storages.values()]
+        for storage, old in zip(storages.values(), before, strict=True):
+            storage.copy_(old)
+        _run(program, arrays, bytes(block), grid, shared, 2 * overlaps + 1)
+        for storage, other in zip(storages.values(), after, strict=True):
+            if not torch.equal(_bytes(storage), _bytes(other)):
+                raise Fault(f"{program.name}: its results depend on the order of blocks and warps; {hazards[0]}")
+    return count, hazards
+
+
+def _bytes(storage: torch.UntypedStorage) -> Tensor:
+    return torch.empty(0, dtype=torch.uint8).set_(storage)
+
+
+def _run(
+    program: Program, arrays: _Arrays, block: bytes, grid: tuple[int, ...], shared: int, flags: int
+) -> tuple[int, list[str]]:
+    message = ctypes.create_string_buffer(2000)
     result = library().ptx_run(
         program.handle,
         (Region * len(arrays.regions))(*arrays.regions),
         len(arrays.regions),
         (ctypes.c_uint64 * len(arrays.sizes))(*arrays.sizes),
         len(arrays.sizes),
-        bytes(block),
+        block,
         len(block),
         (ctypes.c_uint32 * 3)(*grid, *([1] * (3 - len(grid)))),
         program.threads,
         shared,
         LIMIT,
+        flags,
         message,
         len(message),
     )
+    text = message.value.decode()
     if result < 0:
-        raise Fault(f"{program.name}: {message.value.decode()}, at instruction {-1 - result}: {program.lines[-1 - result]}")
-    return int(result)
+        raise Fault(f"{program.name}: {text}, at instruction {-1 - result}: {program.lines[-1 - result]}")
+    return int(result), text.splitlines()
 
 
 def as_launched(specialisation: Any, args: tuple[Any, ...]) -> Any:
@@ -133,8 +161,9 @@ def launches(capability: int, edit: Callable[[str], str] = lambda ptx: ptx) -> I
         program = program_of(edit(compiled.asm["ptx"]))
         values = [(name, value) for name, value in zip(found.signature, args, strict=False)]
         values = [(name, value) for name, value in values if found.signature[name] != "constexpr"]
-        count = execute(program, grid, values, compiled.metadata.shared)
-        done.append(Launched(kernel.fn.__name__, program, found, grid, count))
+        overlaps = options.get("launch_pdl", False)
+        count, hazards = execute(program, grid, values, compiled.metadata.shared, overlaps)
+        done.append(Launched(kernel.fn.__name__, program, found, grid, count, hazards))
 
     before = launch._call
     launch._call = run

@@ -99,8 +99,10 @@ void run_warp(Warp& w, const Program& program, uint64_t& left) {
 
 void run_block(Block& block, const Program& program, uint64_t& left) {
     for (;;) {
-        for (Warp& w : block.warps)
+        for (size_t n = 0; n < block.warps.size(); ++n) {
+            Warp& w = block.warps[block.launch->backwards ? block.warps.size() - 1 - n : n];
             if (w.waiting == 0) run_warp(w, program, left);
+        }
         int barrier = -1;
         for (Warp& w : block.warps)
             if (w.waiting != 0) {
@@ -109,6 +111,8 @@ void run_block(Block& block, const Program& program, uint64_t& left) {
             }
         if (barrier < 0) return;
         block.released = block.launch->time;
+        for (const auto& entry : block.acquired) add_view(block.view, entry.second);
+        block.acquired.clear();
         for (Warp& w : block.warps)
             if (w.waiting != 0) {
                 add_path(w, w.resume, w.waiting);
@@ -133,41 +137,47 @@ void run(const Program& program, Launch& launch, uint64_t shared, uint64_t limit
     Block block;
     block.launch = &launch;
     const uint32_t warps = launch.threads / LANES;
-    for (uint32_t z = 0; z < launch.grid[2]; ++z)
-        for (uint32_t y = 0; y < launch.grid[1]; ++y)
-            for (uint32_t x = 0; x < launch.grid[0]; ++x) {
-                block.number = (z * launch.grid[1] + y) * launch.grid[0] + x;
-                block.at[0] = x, block.at[1] = y, block.at[2] = z;
-                block.shared.assign(shared, 0xBD);
-                block.shadow.cells.assign(shared, {});
-                block.released = 0;
-                block.warps.resize(warps);
-                for (uint32_t n = 0; n < warps; ++n) {
-                    Warp& w = block.warps[n];
-                    w.block = &block;
-                    w.number = static_cast<int>(n);
-                    w.file = program.file;
-                    w.paths.assign(1, {0, ALL});
-                    w.waiting = 0, w.alive = ALL, w.synced = 0, w.fenced = 0;
-                    w.copies.assign(1, {});
-                    w.products.assign(1, {});
-                    set_specials(w, program, launch);
-                }
-                run_block(block, program, limit);
-                for (const Warp& w : block.warps)
-                    if (w.products.size() > 1 || !w.products.back().empty()) fail("a wgmma that nobody waits for");
-            }
+    const uint32_t blocks = launch.grid[0] * launch.grid[1] * launch.grid[2];
+    for (uint32_t k = 0; k < blocks; ++k) {
+        block.number = launch.backwards ? blocks - 1 - k : k;
+        block.at[0] = block.number % launch.grid[0];
+        block.at[1] = block.number / launch.grid[0] % launch.grid[1];
+        block.at[2] = block.number / launch.grid[0] / launch.grid[1];
+        block.shared.assign(shared, 0xBD);
+        block.shadow.cells.assign(shared, {});
+        block.shadow.shared = true;
+        block.released = 0;
+        block.view.clear();
+        block.acquired.clear();
+        block.warps.resize(warps);
+        for (uint32_t n = 0; n < warps; ++n) {
+            Warp& w = block.warps[n];
+            w.block = &block;
+            w.number = static_cast<int>(n);
+            w.file = program.file;
+            w.paths.assign(1, {0, ALL});
+            w.waiting = 0, w.alive = ALL, w.synced = 0, w.fenced = 0, w.waited = 0;
+            w.copies.assign(1, {});
+            w.products.assign(1, {});
+            set_specials(w, program, launch);
+        }
+        run_block(block, program, limit);
+        for (const Warp& w : block.warps)
+            if (w.products.size() > 1 || !w.products.back().empty()) fail("a wgmma that nobody waits for");
+    }
 }
 
 } // namespace
 
 void fail(const std::string& what) { throw std::runtime_error(what); }
 
-void fail_lane(const Warp& w, int lane, const std::string& what) {
+std::string text_of(const Warp& w, int lane) {
     const Block& b = *w.block;
-    fail("thread " + std::to_string(w.number * LANES + lane) + " of block (" + std::to_string(b.at[0]) + ", " +
-         std::to_string(b.at[1]) + ", " + std::to_string(b.at[2]) + "): " + what);
+    return "thread " + std::to_string(w.number * LANES + lane) + " of block (" + std::to_string(b.at[0]) + ", " +
+           std::to_string(b.at[1]) + ", " + std::to_string(b.at[2]) + "): ";
 }
+
+void fail_lane(const Warp& w, int lane, const std::string& what) { fail(text_of(w, lane) + what); }
 
 } // namespace ptx
 
@@ -213,10 +223,11 @@ struct PtxRegion {
     const char* name;
 };
 
-// Runs a launch; the number of instructions run by warps, or -1 - the instruction that failed, with a message.
+// Runs a launch; the number of instructions run by warps, and races in global memory as the message, a line each; or
+// -1 - the instruction that failed, with a message. flags: 1 backwards, 2 overlaps.
 int64_t ptx_run(const void* program, const PtxRegion* regions, int count, const uint64_t* shadow_sizes, int shadows,
                 const uint8_t* parameters, int64_t parameter_size, const uint32_t* grid, uint32_t threads,
-                uint64_t shared, uint64_t limit, char* message, int64_t message_size) {
+                uint64_t shared, uint64_t limit, int flags, char* message, int64_t message_size) {
     ptx::Launch launch;
     std::vector<ptx::Shadow> watch(static_cast<size_t>(shadows));
     for (int k = 0; k < shadows; ++k) watch[static_cast<size_t>(k)].cells.resize(shadow_sizes[k]);
@@ -227,12 +238,17 @@ int64_t ptx_run(const void* program, const PtxRegion* regions, int count, const 
     launch.parameters.assign(parameters, parameters + parameter_size);
     std::copy(grid, grid + 3, launch.grid);
     launch.threads = threads;
+    launch.backwards = (flags & 1) != 0;
+    launch.overlaps = (flags & 2) != 0;
     try {
         ptx::run(*static_cast<const ptx::Program*>(program), launch, shared, limit);
     } catch (const std::exception& error) {
         std::strncpy(message, error.what(), static_cast<size_t>(message_size) - 1);
         return -1 - ptx::current;
     }
+    std::string hazards;
+    for (const std::string& hazard : launch.hazards) hazards += hazard + "\n";
+    std::strncpy(message, hazards.c_str(), static_cast<size_t>(message_size) - 1);
     return launch.time;
 }
 }

@@ -2,6 +2,7 @@
 // touched each byte last, and a table of instructions by their PTX names.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <map>
@@ -33,6 +34,7 @@ struct Instruction {
 enum Kind { PLAIN, BRANCH, EXIT, BARRIER };
 
 [[noreturn]] void fail(const std::string& what);
+std::string text_of(const Warp& w, int lane); // thread and block
 [[noreturn]] void fail_lane(const Warp& w, int lane, const std::string& what);
 
 // Who read and wrote the bytes of an array last, and when (a count of instructions): a race is an access that nothing
@@ -47,6 +49,7 @@ struct Shadow {
         bool registers = false;   // written from registers (not by cp.async), which wgmma only sees after a proxy fence
     };
     std::vector<Cell> cells;
+    bool shared = false;
 };
 
 struct Region {
@@ -88,6 +91,7 @@ struct Warp {
     uint32_t alive = ALL;
     uint32_t synced = 0; // time of the last bar.warp.sync
     uint32_t fenced = 0; // time of the last fence.proxy.async
+    uint32_t waited = 0; // lanes that have been through griddepcontrol.wait
     std::vector<std::vector<Copy>> copies{1};          // groups of cp.async, the last one open
     std::vector<std::vector<MatrixStep>> products{1};  // groups of wgmma, the last one open
 
@@ -98,12 +102,22 @@ struct Warp {
     uint32_t thread(int lane) const;
 };
 
+using View = std::map<uint32_t, uint32_t>; // block -> up to which time what it did is seen
+
+inline void add_view(View& to, const View& from) {
+    for (const auto& [block, time] : from) to[block] = std::max(to[block], time);
+}
+
 struct Launch {
     std::vector<Region> regions;
     std::vector<uint8_t> parameters;
     uint32_t grid[3] = {1, 1, 1};
     uint32_t threads = 0;
     uint32_t time = 1;
+    bool backwards = false;            // blocks and warps in the opposite order
+    bool overlaps = false;             // with the end of the kernel before it, until griddepcontrol.wait
+    std::map<uint64_t, View> released; // by atomics at an address
+    std::vector<std::string> hazards;  // races in global memory
 };
 
 struct Block {
@@ -113,6 +127,8 @@ struct Block {
     std::vector<uint8_t> shared;
     Shadow shadow;
     uint32_t released = 0; // time of the last barrier
+    View view;             // of the other blocks, by the whole block
+    std::map<uint32_t, View> acquired; // by a thread since the last barrier
     std::vector<Warp> warps;
 };
 

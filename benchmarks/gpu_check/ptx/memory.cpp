@@ -13,17 +13,29 @@ std::string bytes_text(uint64_t size) { return std::to_string(size) + (size == 1
 bool before_now(const Warp& w, int lane, uint32_t thread, uint32_t time, Shadow::Readers how = Shadow::ONE_THREAD) {
     const uint32_t mine = w.thread(lane), threads = w.block->launch->threads;
     if (how == Shadow::ONE_THREAD && thread == mine) return true;
-    if (how == Shadow::MANY_BLOCKS || (thread - 1) / threads != w.block->number) return false;
+    if (how == Shadow::MANY_BLOCKS) return false;
+    if ((thread - 1) / threads != w.block->number) {
+        const auto sees = [&](const View& view) {
+            const auto found = view.find((thread - 1) / threads);
+            return found != view.end() && found->second >= time;
+        };
+        const auto own = w.block->acquired.find(mine);
+        return sees(w.block->view) || (own != w.block->acquired.end() && sees(own->second));
+    }
     if (time <= w.block->released) return true;
     return how != Shadow::ONE_BLOCK && (thread - 1) / LANES == (mine - 1) / LANES && time <= w.synced;
 }
 
-[[noreturn]] void race(const Warp& w, int lane, uint32_t other, const char* does, const char* did, const char* where) {
+// In shared memory a failure. In global memory noted: threads that hold copies of an element may read what another has
+// written by then and throw it away, so whether it matters is seen by running everything in the opposite order.
+void race(const Warp& w, int lane, uint32_t other, const char* does, const char* did, const char* where, bool shared) {
     const uint32_t threads = w.block->launch->threads, block = (other - 1) / threads;
     std::string who = "thread " + std::to_string((other - 1) % threads);
     if (block != w.block->number) who += " of block " + std::to_string(block);
-    fail_lane(w, lane, std::string{"race: "} + does + " " + where + " that " + who + " " + did +
-                           " with no barrier in between");
+    const std::string what = std::string{"race: "} + does + " " + where + " that " + who + " " + did;
+    if (shared) fail_lane(w, lane, what + " with no barrier in between");
+    auto& hazards = w.block->launch->hazards;
+    if (hazards.size() < 4) hazards.push_back(text_of(w, lane) + what + " unordered");
 }
 
 Region& region_of(Warp& w, int lane, uint64_t address) {
@@ -34,6 +46,8 @@ Region& region_of(Warp& w, int lane, uint64_t address) {
 }
 
 uint8_t* global_bytes(Warp& w, int lane, uint64_t address, uint64_t size, Region*& region, uint64_t& at) {
+    if (w.block->launch->overlaps && !(w.waited >> lane & 1))
+        fail_lane(w, lane, "access to global memory before griddepcontrol.wait");
     region = &region_of(w, lane, address);
     at = address - region->base;
     if (at > region->size || size > region->size - at)
@@ -95,6 +109,35 @@ void store(Warp& w, const Instruction& i, uint32_t lanes) {
                 write_global(w, lane, address, sizeof values, values);
         }
 }
+
+// d = what was there; there = that + b. ORDERED (acq_rel): what the block did before its last barrier is seen by whoever
+// comes here later, and by their blocks after a barrier of theirs.
+template <class T, bool ORDERED>
+void atomic_add(Warp& w, const Instruction& i, uint32_t lanes) {
+    Block& block = *w.block;
+    for (int lane = 0; lane < LANES; ++lane)
+        if (lanes >> lane & 1) {
+            const uint64_t address = address_of(w, i, 1, lane);
+            Region* region;
+            uint64_t at;
+            uint8_t* place = global_bytes(w, lane, address, sizeof(T), region, at);
+            T value;
+            std::memcpy(&value, place, sizeof value);
+            set_any_register(w, i.o[0], lane, value);
+            value = static_cast<T>(value + static_cast<T>(any_register(w, i.o[3], lane)));
+            std::memcpy(place, &value, sizeof value);
+            if (ORDERED) {
+                View& there = block.launch->released[address];
+                add_view(there, block.view);
+                add_view(there, {{block.number, block.released}});
+                add_view(block.acquired[w.thread(lane)], there);
+            }
+        }
+}
+
+void await_previous(Warp& w, const Instruction&, uint32_t lanes) { w.waited |= lanes; }
+
+void nothing(Warp&, const Instruction&, uint32_t) {}
 
 template <class T>
 void load_parameter(Warp& w, const Instruction& i, uint32_t lanes) {
@@ -220,7 +263,7 @@ void touch_read(Warp& w, int lane, Shadow& shadow, uint64_t at, uint64_t size, c
         Shadow::Cell& cell = shadow.cells[k];
         if (cell.pending != 0) fail_lane(w, lane, std::string{"reads "} + where + " that a cp.async is still writing");
         if (cell.writer != 0 && !before_now(w, lane, cell.writer, cell.written))
-            race(w, lane, cell.writer, "reads", "wrote", where);
+            race(w, lane, cell.writer, "reads", "wrote", where, shadow.shared);
         if (async && cell.registers && cell.writer != 0) {
             const uint32_t from = (cell.writer - 1) % w.block->launch->threads / LANES;
             if (w.fenced < cell.written && w.block->warps[from].fenced < cell.written)
@@ -248,9 +291,9 @@ void touch_write(Warp& w, int lane, Shadow& shadow, uint64_t at, const uint8_t* 
         if (cell.pending != 0) fail_lane(w, lane, std::string{"writes "} + where + " that a cp.async is still writing");
         // Several threads may write the same value, as Triton's copies of one element do.
         if (cell.writer != 0 && (bytes == nullptr || old[k] != bytes[k]) && !before_now(w, lane, cell.writer, cell.written))
-            race(w, lane, cell.writer, "writes", "wrote", where);
+            race(w, lane, cell.writer, "writes", "wrote", where, shadow.shared);
         if (cell.reader != 0 && !before_now(w, lane, cell.reader, cell.read, cell.readers))
-            race(w, lane, cell.reader, "writes", "read", where);
+            race(w, lane, cell.reader, "writes", "read", where, shadow.shared);
         cell.writer = mine;
         cell.written = now;
         cell.registers = !async;
@@ -298,6 +341,10 @@ void add_memory(Table& t) {
     t["ld.param.u16"] = t["ld.param.b16"] = {&load_parameter<uint16_t>, "vi"};
     t["ld.param.s8"] = {&load_parameter<int8_t>, "vi"};
     t["ld.param.u8"] = t["ld.param.b8"] = {&load_parameter<uint8_t>, "vi"};
+    t["atom.global.gpu.acq_rel.add.u32"] = {&atomic_add<uint32_t, true>, "vav"};
+    t["atom.global.gpu.relaxed.add.u32"] = {&atomic_add<uint32_t, false>, "vav"};
+    t["griddepcontrol.launch_dependents"] = {&nothing, ""};
+    t["griddepcontrol.wait"] = {&await_previous, ""};
     t["cp.async"] = {&copy, "aaiv"};
     t["cp.async.commit_group"] = {&commit_copies, ""};
     t["cp.async.wait_group"] = {&wait_copies, "i"};
