@@ -58,7 +58,8 @@ def test_a_rehearsal_times_all_that_a_cpu_has(module: Any, tmp_path: Any, capsys
         found["ops"]
     )
     assert found["predicted_by_a_model"]["layers"]
-    assert "programmatic dependent launch, fp8: not built" in said
+    assert "fp8: not built" in said
+    assert "kernels that overlap: only a GPU" in said
 
 
 def test_what_a_gpu_is_asked_to_do_is_known(module: Any) -> None:
@@ -101,6 +102,34 @@ def test_a_candidate_that_computes_something_else_fails_the_run(
     assert "odd computes layer bottleneck.conv1 with a relative error" in line
     (odd,) = (one for one in found["layers"][0]["rows"] if one["left_out"])
     assert (odd["layer"], odd["left_out"]) == ("bottleneck.conv1", ["odd"])
+
+
+def spied(method: Callable[..., Any], look: Callable[[], None]) -> Callable[..., Any]:
+    def instead(*arguments: Any) -> Any:
+        look()
+        return method(*arguments)
+
+    return instead
+
+
+def test_overlapping_kernels_are_timed_beside_others(
+    module: Any, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The switch is as the variant says whenever that one prepares or runs, and as it was afterwards."""
+    tune, ours, switch = module("gpu_check.tune"), module("ours").Ours, SimpleNamespace(OVERLAP="as it was")
+    seen = []
+    for name in ("prepare", "seconds"):
+        monkeypatch.setattr(ours, name, spied(getattr(ours, name), lambda: seen.append(switch.OVERLAP)))
+    few = tune.dataclasses.replace(tune.SMALL, networks=(), elements=(), edge=16, copied=2**16)
+    monkeypatch.setattr(tune, "SMALL", few)
+    monkeypatch.setattr(tune, "STRIDES", (1,))
+    monkeypatch.setattr(tune, "overlapping", lambda _: True)
+    monkeypatch.setattr(tune, "triton_launch", lambda: switch)
+    assert tune.main(["--out", str(tmp_path / "x.json"), "--rehearse"]) == 0
+    found = json.loads((tmp_path / "x.json").read_text())
+    assert [(one["n"], set(one["step_seconds"])) for one in found["overlap"]] == [(1, {"0", "1"})]
+    assert set(seen) == {"as it was", 0, 1}  # that of steps per graph, too
+    assert switch.OVERLAP == "as it was"
 
 
 def test_sums_and_shares(module: Any, times: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -119,9 +120,12 @@ def moved(layer: Layer, place: Place) -> float:
 
 
 def group_of(candidate: Candidate) -> str:
-    """Whose implementation it is: a library's (cuDNN, cuBLAS, oneDNN) with our pointwise op, Triton's, C++."""
+    """Whose implementation it is: a library's (cuDNN, cuBLAS, oneDNN) with our pointwise op, its convolution with all
+    that follows in one pass, Triton's, C++."""
     if isinstance(candidate, Library):
         return "library"
+    if candidate.name.startswith("conv2d, then"):  # its class cannot be imported without Triton
+        return "library, one pass"
     return "native" if isinstance(candidate, Native) else "triton"
 
 
@@ -131,7 +135,7 @@ def of_library(layer: Layer, place: Place) -> list[Candidate]:
 
 
 def all_splits(layer: Layer, place: Place) -> list[Candidate]:
-    """What a plan lists, and every listed tile with its sum cut into any number of parts."""
+    """What a plan lists, and every listed tile with its sum cut into any number of parts, added either way."""
     found = listed(layer, place)
     names = {candidate.name for candidate in found}
     for one in list(found):
@@ -139,11 +143,15 @@ def all_splits(layer: Layer, place: Place) -> list[Candidate]:
         if tile is None or kind == "first":
             continue
         from ddpm_fast.backends.triton.conv_call import TAPS
+        from ddpm_fast.inference.gpu_tiles import JOINED
 
         assert isinstance(layer, (Conv, Up, Linear))
         channels = layer.weight.shape[not isinstance(layer, Up)]
-        for splits in SPLITS:
-            other = dataclasses.replace(one, tile=dataclasses.replace(tile, splits=splits))  # type: ignore[type-var]
+        for splits, joined in itertools.product(SPLITS, (False, True)):
+            if joined and tile.m * tile.n > JOINED:
+                continue
+            split = dataclasses.replace(tile, splits=splits, joined=joined)
+            other = dataclasses.replace(one, tile=split)  # type: ignore[type-var]
             if TAPS.get(kind, 1) * channels // tile.k >= 2 * splits and other.name not in names:
                 names.add(other.name)
                 found.append(other)

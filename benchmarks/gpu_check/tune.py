@@ -8,6 +8,7 @@ In the order of predicted gain. Each table says what was predicted, which is a m
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -32,6 +33,7 @@ PREDICTED = {
     "layers": "the epilogue inside the product saves up to 1.45x at n = 512, tile-quantised 1.25x to 1.35x from 256 on",
     "splits": "up to n = 64, 17 of 23 layers have fewer tiles than the GPU has multiprocessors: they need splitting",
     "strides": "1 to 5 us per boundary between replays: 1 % to 5 % of a step at n = 1, nothing from n = 64 on",
+    "overlap": "2.8 us a kernel in a graph become 1.5: 86 us a step at n = 1 become 56, nothing from n = 64 on",
     "norms": "one pass over GroupNorm + SiLU: 15.7 MB an image and step in place of 35.4, up to 1.28x at n = 512",
     "ops": "12 bytes an element at 90 % of the copy rate; the updates are 1 % to 3 % of a step from n = 64 on",
 }
@@ -145,27 +147,44 @@ def per_layer(
     return record, lines
 
 
-def strides(loops: Loops, n: int, budget: float) -> dict[str, Any]:
-    """Seconds of a step by rows per graph, in turn."""
+def steps_by(loops: Loops, n: int, budget: float, owner: Any, name: str, values: tuple[int, ...]) -> dict[str, Any]:
+    """Seconds of a step of the tutorial's network with owner.name at each of these values, in turn. A plan and its
+    graphs are made for each."""
     case = Case(TUTORIAL, n, loops.sizes.shape)
     problem = Problem(case, loops.device, loops.network())
 
-    def prepared(stride: int) -> Callable[[int], float]:
+    def prepared(value: int) -> Callable[[int], float]:
         ours = Ours(torch.bfloat16, fused=True)
-        ours.prepare(problem)
+        with setting(owner, name, value):
+            ours.prepare(problem)
 
         def seconds(steps: int) -> float:
-            with setting(graphs, "STRIDE", stride):
+            with setting(owner, name, value):
                 return ours.seconds(steps)
 
         return seconds
 
-    candidates = {str(stride): prepared(stride) for stride in STRIDES}
+    candidates = {str(value): prepared(value) for value in values}
     for seconds in candidates.values():
         for _ in range(2):  # a graph of one step, then that of several
             seconds(max(STRIDES))
     rounds = step_rounds(candidates, budget=budget, turn=min(0.3, budget), most_steps=problem.T)
-    return {"n": n, "step_seconds": {name: vars(Timing.of(values)) for name, values in rounds.items()}}
+    return {"n": n, "step_seconds": {value: vars(Timing.of(times)) for value, times in rounds.items()}}
+
+
+def triton_launch() -> Any:
+    """The module that decides how kernels are launched."""
+    return importlib.import_module("ddpm_fast.backends.triton.launch")
+
+
+def overlapping(findings: Findings) -> bool:
+    """Whether Triton's kernels can start beside the end of the one before, on this device."""
+    device = findings.device
+    able = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+    if not able or unavailable_reason("triton", device) is not None:
+        findings.leave_out("kernels that overlap: only a GPU of capability 9.0 and later has them, with Triton")
+        return False
+    return True
 
 
 def measure(findings: Findings) -> list[str]:
@@ -175,7 +194,7 @@ def measure(findings: Findings) -> list[str]:
     clock = Clock(device)
     if findings.rehearsal:
         findings.leave_out("Triton's implementations and CUDA graphs: only a GPU has them")
-    findings.leave_out("programmatic dependent launch, fp8: not built, so there is nothing to time")
+    findings.leave_out("fp8: not built, so there is nothing to time")
     products = findings.attempt("the rate of a product", limits.products, clock, plan.edge)
     copies = findings.attempt("the rate of a copy", limits.copies, clock, [plan.copied])
     if not products or not copies:
@@ -194,7 +213,7 @@ def measure(findings: Findings) -> list[str]:
         f"{nothing:.1f} us are the timing itself"
     )
     last: list[str] = []
-    measured: dict[str, list[dict[str, Any]]] = {"layers": [], "strides": [], "ops": []}
+    measured: dict[str, list[dict[str, Any]]] = {"layers": [], "strides": [], "overlap": [], "ops": []}
 
     def title(text: str, kind: str) -> None:
         findings.say("", f"## {text}", f"predicted (a model's estimate, not measured): {PREDICTED[kind]}", "")
@@ -210,19 +229,24 @@ def measure(findings: Findings) -> list[str]:
             shown = (f"{group} {found['us']:.0f} us" for group, found in made[0]["sums"].items())
             last.append(f"{name}, n = {n}, sums over layers: {', '.join(shown)}")
 
+    def variants(kind: str, what: str, n: int, owner: Any, name: str, values: tuple[int, ...]) -> None:
+        made = findings.attempt(f"{what}, n = {n}", steps_by, loops, n, plan.budget, owner, name, values)
+        if made is not None:
+            measured[kind].append(made)
+            findings.add(**measured)
+            title(f"{what}, n = {n}", kind)
+            for value, timing in made["step_seconds"].items():
+                last.append(f"n = {n}, {what}: {value:>2}: {timing['median'] * 1e6:>9.1f} us a step")
+                findings.say(last[-1])
+
     for which in (which for which in plan.networks if which[0] == "layers"):
         layers(which)
     for which in (which for which in plan.networks if which[0] == "splits"):
         layers(which)
     for n in plan.strided:
-        made = findings.attempt(f"steps per graph, n = {n}", strides, loops, n, plan.budget)
-        if made is not None:
-            measured["strides"].append(made)
-            findings.add(**measured)
-            title(f"steps per graph, n = {n}", "strides")
-            for stride, timing in made["step_seconds"].items():
-                last.append(f"n = {n}, {stride:>2} steps a graph: {timing['median'] * 1e6:>9.1f} us a step")
-                findings.say(last[-1])
+        variants("strides", "steps per graph", n, graphs, "STRIDE", STRIDES)
+    for n in plan.strided if overlapping(findings) else ():
+        variants("overlap", "kernels that overlap (0: no, 1: yes)", n, triton_launch(), "OVERLAP", (0, 1))
     for which in (which for which in plan.networks if which[0] == "norms"):
         layers(which)
     able = any(unavailable_reason(backend, device) is None for backend in ("native", "triton"))

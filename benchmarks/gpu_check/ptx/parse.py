@@ -257,7 +257,9 @@ def _instruction(
         operands[1] = str(reader.parameters[symbol][0] + (int(offset, 0) if offset else 0))
     if len(operands) != len(signature) and not (name == "cp.async" and len(operands) == 3):
         raise Unknown(f"{len(operands)} operands, expected {len(signature)}")
-    places = [place for operand, letter in zip(operands, signature, strict=False) for place in reader.operand(operand, letter)]
+    places = [
+        place for operand, letter in zip(operands, signature, strict=False) for place in reader.operand(operand, letter)
+    ]
     predicate = -1
     if guard is not None:
         register = reader.register(guard)
