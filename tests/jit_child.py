@@ -114,7 +114,8 @@ def main() -> dict[str, Any]:
     layer, where, frame = place()
     candidates = [TritonConv("linear", Tile(m, 32, 64)) for m in (16, 32)]
     candidates.append(TritonConv("linear", Tile(16, 32, 48)))  # refuses
-    gpu.compile_ahead([(candidate, layer, where) for candidate in candidates], frame)
+    alike = [layer, layer], [where, where]
+    gpu.compile_ahead(*alike, frame, lambda layer, place: candidates, ["alike", "alike"])
     result["ahead"] = happened()
     for candidate in candidates[:2]:
         candidate.prepare(layer, where)(frame)
