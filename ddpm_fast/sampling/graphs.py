@@ -102,8 +102,8 @@ def record(loop: Loop, steps: int) -> Replay:
                 except BaseException as error:
                     failed = error  # which says more than that the capture cannot be ended
         except BaseException as error:
-            torch.cuda.set_stream(before)  # torch.cuda.graph stays on its own where it fails to begin or end
             _end_failed_capture(device)
+            torch.cuda.set_stream(before)  # torch.cuda.graph stays on its own where it fails to begin or end
             raise (failed or error) from None
         if failed is not None:
             raise failed
