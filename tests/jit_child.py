@@ -36,6 +36,7 @@ CPU = torch.device("cpu")
 class Launcher:
     def __init__(self, src: Any, metadata: Any) -> None:
         self.name = metadata.name
+        launchers.append(self.name)
 
     def __call__(self, *arguments: Any) -> None:
         x, y, z, stream = arguments[:4]
@@ -68,15 +69,16 @@ class Driver:
 
 
 launched: list[dict[str, Any]] = []
+launchers: list[str] = []
 compiled: list[str] = []
 driver.set_active(Driver())
 triton.knobs.runtime.jit_post_compile_hook = lambda **found: compiled.append(found["fn"].name)
 
 
 def happened() -> dict[str, Any]:
-    result = {"compiled": list(compiled), "launched": list(launched)}
-    compiled.clear()
-    launched.clear()
+    result = {"compiled": list(compiled), "launched": list(launched), "launchers": list(launchers)}
+    for noted in (compiled, launched, launchers):
+        noted.clear()
     return result
 
 
