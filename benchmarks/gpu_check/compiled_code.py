@@ -53,7 +53,9 @@ def op_row(case: compiled_ops.OpCase, capability: int) -> list[dict[str, Any]]:
     return [_row(case.name, capability, wrong, done) | {"exact": case.exact}]
 
 
-def layer_rows(case: compiled_layers.LayerCase, capability: int, count: int | None, overlap: bool) -> list[dict[str, Any]]:
+def layer_rows(
+    case: compiled_layers.LayerCase, capability: int, count: int | None, overlap: bool
+) -> list[dict[str, Any]]:
     """Candidates of a layer compiled and executed beside float64."""
     from .ptx import launches
 

@@ -207,7 +207,9 @@ MORE = [
 ]
 
 
-def executed(case: LayerCase, capability: int, launches: Callable[[int], Any], count: int | None) -> list[dict[str, Any]]:
+def executed(
+    case: LayerCase, capability: int, launches: Callable[[int], Any], count: int | None
+) -> list[dict[str, Any]]:
     """The first `count` candidates of a layer (None: all), executed: a row of findings each."""
     rows = []
     for candidate in case.candidates(capability)[:count]:

@@ -39,7 +39,9 @@ class OpCase:
         """What is wrong, in one line, or None."""
         for place, (mine, theirs) in enumerate(zip(got, expected, strict=True)):
             if mine.dtype != theirs.dtype or mine.shape != theirs.shape:
-                return f"output {place} is {mine.dtype} {tuple(mine.shape)}, expected {theirs.dtype} {tuple(theirs.shape)}"
+                return (
+                    f"output {place} is {mine.dtype} {tuple(mine.shape)}, expected {theirs.dtype} {tuple(theirs.shape)}"
+                )
             wrong = (mine != theirs) & ~(mine.isnan() & theirs.isnan())
             if not self.exact and mine.is_floating_point():
                 relative, absolute = CLOSE[mine.dtype]
