@@ -1,27 +1,18 @@
-"""One benchmark case per op: bytes moved, share of the copy bandwidth, eager PyTorch and torch.compile beside it.
+"""One benchmark case per op: the op as a user calls it, the same in eager PyTorch, and the bytes it must move.
 
-    python benchmarks/cases.py [--device cpu] [--elements 4194304] [--dtype float32] [--only ddpm_step] [--json FILE]
-
-Each case first checks its op against the reference backend; a case that fails its check prints no speed. Eager and
-compiled baselines draw their noise with torch.randn_like, as a user's own code would; the losses find it stored.
+Eager and compiled baselines draw their noise with torch.randn_like, as a user's own code would; the losses find it
+stored. op_speed.py checks and measures them.
 """
 
 from __future__ import annotations
 
-import argparse
-import functools
-import json
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from machine import facts
-from timing import Timing, copy_bandwidth, interleaved_rounds, ratios
 from torch import Tensor
 
-import ddpm_fast
 from ddpm_fast import ops
 from ddpm_fast.noise import make_rng
 
@@ -73,7 +64,10 @@ class Inputs:
 
 @dataclass(frozen=True)
 class Case:
-    """An op as a user calls it, the same in eager PyTorch, and the bytes one element must move."""
+    """An op as a user calls it, the same in eager PyTorch, and the bytes one element must move.
+
+    checked: how many of its results are compared with the reference's.
+    """
 
     name: str
     fast: Callable[[Inputs], object]
@@ -81,12 +75,7 @@ class Case:
     bytes_per_element: Callable[[int], float]  # of the storage dtype's size
     exact: bool = True
     atol: float = 1e-7  # of the check, where the op is not exact
-
-
-def _first(value: object) -> Tensor:
-    result = value[0] if isinstance(value, tuple) else value
-    assert isinstance(result, Tensor)
-    return result
+    checked: int = 1
 
 
 def _grads(loss: Tensor, *leaves: Tensor) -> tuple[Tensor, ...]:
@@ -94,9 +83,13 @@ def _grads(loss: Tensor, *leaves: Tensor) -> tuple[Tensor, ...]:
 
 
 def _eager_q_sample(i: Inputs, noise: Tensor | None = None) -> Tensor:
+    return _eager_q_sample_and_eps(i, noise)[0]
+
+
+def _eager_q_sample_and_eps(i: Inputs, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
     eps = torch.randn_like(i.x) if noise is None else noise
     signal, sigma = i.table[i.t, 0].view(-1, 1, 1, 1), i.table[i.t, 1].view(-1, 1, 1, 1)
-    return (signal * i.x + sigma * eps).to(i.x.dtype)
+    return (signal * i.x + sigma * eps).to(i.x.dtype), eps
 
 
 def _eager_step(i: Inputs) -> Tensor:
@@ -197,10 +190,24 @@ CASES = [
     ),
     Case("q_sample", lambda i: ops.q_sample(i.x, i.t, i.table, rng=i.rng), _eager_q_sample, lambda size: 2 * size),
     Case(
+        "q_sample, eps stored",
+        lambda i: ops.q_sample(i.x, i.t, i.table, rng=i.rng, target="eps"),
+        _eager_q_sample_and_eps,
+        lambda size: 3 * size,
+        checked=2,
+    ),
+    Case(
         "q_sample, noise given",
         lambda i: ops.q_sample(i.x, i.t, i.table, noise=i.noise),
         lambda i: _eager_q_sample(i, i.noise),
         lambda size: 2 * size + 4,
+    ),
+    Case(
+        "ddpm_step",
+        # In place, again and again: its row clips and contracts, so the state stays bounded.
+        lambda i: ops.ddpm_step(i.noise, i.y, i.steps, i.t_of_row, i.row, i.rng),
+        _eager_step,
+        lambda size: 8 + size,  # x read and written, m read
     ),
     Case(
         "add_bias_temb",
@@ -238,13 +245,6 @@ CASES = [
         atol=5e-6,
     ),
     Case(
-        "ddpm_step",
-        # In place, again and again: its row clips and contracts, so the state stays bounded.
-        lambda i: ops.ddpm_step(i.noise, i.y, i.steps, i.t_of_row, i.row, i.rng),
-        _eager_step,
-        lambda size: 8 + size,  # x read and written, m read
-    ),
-    Case(
         "noise_mse",
         lambda i: ops.noise_mse(i.x, rng=i.rng),
         lambda i: F.mse_loss(i.x.float(), i.noise),  # keeps the noise in memory, which ours draws again
@@ -260,111 +260,3 @@ CASES = [
     ),
     Case("noise_mse, backward", _fast_loss_backward, _eager_loss_backward, lambda size: 3 * size, exact=False),
 ]
-
-
-def verify(case: Case, dtype: torch.dtype, device: torch.device) -> str | None:
-    """What is wrong with the op on a small input, or None: exact ops bit for bit, reductions within rounding."""
-    got = _first(case.fast(Inputs.make(2, dtype, device)))
-    with ddpm_fast.use_backend("reference"):
-        expected = _first(case.fast(Inputs.make(2, dtype, device)))
-    if case.exact:
-        return None if torch.equal(got, expected) else "differs from the reference"
-    rtol = 1e-5 if got.dtype == torch.float32 else 2**-7  # one rounding to the storage dtype on either side
-    close = torch.allclose(got.float(), expected.float(), rtol=rtol, atol=case.atol)
-    return None if close else "further than rounding from the reference"
-
-
-def measure(case: Case, inputs: Inputs, device: torch.device, budget: float) -> dict[str, list[float]]:
-    """Seconds of every round of ddpm_fast, eager and torch.compile of the eager code, in turns."""
-    torch._dynamo.reset()
-    compiled = torch.compile(case.eager)
-    candidates = {"ddpm_fast": case.fast, "eager": case.eager, "torch.compile": compiled}
-    return interleaved_rounds(
-        {name: functools.partial(f, inputs) for name, f in candidates.items()}, device, budget=budget
-    )
-
-
-def run_ops(
-    device: torch.device,
-    dtype: torch.dtype,
-    *,
-    elements: int | None = None,
-    budget: float = 1.0,
-    only: str | None = None,
-    say: Callable[[str], None] = print,
-) -> dict[str, object]:
-    """Check and measure every op (or those whose name contains `only`), a line each; JSON-ready figures.
-
-    elements: of each image tensor; None: 4 Mi on a CPU, 64 Mi on a GPU. budget: seconds for each candidate.
-    """
-    elements = elements or (2**26 if device.type == "cuda" else 2**22)
-    inputs = Inputs.make(max(1, elements // (CHANNELS * EDGE * EDGE)), dtype, device)
-    bandwidth = copy_bandwidth(device, 2**26 if device.type == "cuda" else 2**25)
-    name = str(dtype).removeprefix("torch.")
-    say(f"{inputs.x.numel()} elements, {name}; copy {bandwidth / 1e9:.1f} GB/s")
-    say(f"{'op':<26}{'ms':>9}{'GB/s':>8}{'of copy':>9}{'vs eager':>10}{'vs compile':>12}")
-    rows: list[dict[str, object]] = []
-    failed: dict[str, str] = {}
-    for case in CASES:
-        if only and only not in case.name:
-            continue
-        wrong = verify(case, dtype, device)
-        if wrong is not None:
-            failed[case.name] = wrong
-            say(f"{case.name:<26}  check failed: {wrong}")
-            continue
-        rounds = measure(case, inputs, device, budget)
-        fast = Timing.of(rounds["ddpm_fast"]).median
-        moved = case.bytes_per_element(inputs.x.element_size()) * inputs.x.numel()
-        against = {name: ratios(rounds[name], rounds["ddpm_fast"]) for name in ("eager", "torch.compile")}
-        say(
-            f"{case.name:<26}{fast * 1e3:>9.3f}{moved / fast / 1e9:>8.1f}{moved / fast / bandwidth:>9.0%}"
-            f"{against['eager'].median:>9.2f}x{against['torch.compile'].median:>11.2f}x"
-        )
-        rows.append(
-            {
-                "op": case.name,
-                "bytes": moved,
-                "seconds": {name: vars(Timing.of(values)) for name, values in rounds.items()},
-                "ratios": {name: vars(value) for name, value in against.items()},
-            }
-        )
-    return {
-        "dtype": name,
-        "elements": inputs.x.numel(),
-        "copy_bytes_per_second": bandwidth,
-        "cases": rows,
-        "failed": failed,
-    }
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Measure and print the table; exit code 1 when a check failed."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--elements", type=int, help="of each image tensor (default: 4 Mi on a CPU, 64 Mi on a GPU)")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
-    parser.add_argument("--only", help="a case whose name contains this")
-    parser.add_argument("--seconds", type=float, default=1.0, help="for each candidate")
-    parser.add_argument("--json", help="write the figures to this file")
-    options = parser.parse_args(argv)
-    device, dtype = torch.device(options.device), getattr(torch, options.dtype)
-    machine = facts(device)
-    name = machine.get("gpu") or f"{machine['cpu']}, {machine['threads']} threads"
-    print(f"{name}, torch {torch.__version__}, commit {machine['commit']}")
-    figures = run_ops(
-        device,
-        dtype,
-        elements=options.elements,
-        budget=options.seconds,
-        only=options.only,
-        say=lambda line: print(line, flush=True),
-    )
-    if options.json:
-        with open(options.json, "w", encoding="utf-8") as file:
-            json.dump({"machine": machine, **figures}, file, indent=1)
-    return 1 if figures["failed"] else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -10,10 +10,11 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+import targets
 import torch
 from machine import progress
 from packages import Missing, package
-from results import HOST_TARGET, host_ratio
+from results import host_ratio
 from timing import Timing, interleaved_rounds
 from torch import Tensor
 
@@ -83,6 +84,6 @@ def lines(rows: list[dict[str, Any]]) -> list[str]:
         ours, theirs = (Timing.of(row["rounds_s"][who]).median * 1e6 for who in MODULES)
         found.append(
             f"  {row['scheduler']:<14} ours {ours:.1f} us, diffusers {theirs:.1f} us: {ratio.median:.2f}x "
-            f"({ratio.p20:.2f} - {ratio.p80:.2f}), wanted {HOST_TARGET}x"
+            f"({ratio.p20:.2f} - {ratio.p80:.2f}), wanted {targets.HOST}x"
         )
     return found

@@ -1,14 +1,15 @@
 """The baseline to beat: `torch.compile` of the whole step.
 
-C16   network with BatchNorm folded, bfloat16, channels_last, and update: freezing on a CPU, max-autotune on a GPU,
-      where a grid of options is tried and the fastest correct one taken
+C16   network with BatchNorm folded, bfloat16, channels_last, and update: freezing on a CPU, max-autotune on a GPU
 C32   the same in float32
+
+On a CPU a few sets of options are tried and the fastest correct one taken. On a GPU each takes minutes:
+gpu_check.search tries them, and here the best one known is built (compile_options.py).
 """
 
 from __future__ import annotations
 
 import contextlib
-import itertools
 import time
 import types
 import warnings
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 from baselines import Baseline, Step, StepGraph, whole_step
 from candidate import Problem, check
+from compile_options import Options, Outcome, Store, best_first, for_gpu, key, named, told
 from packages import Missing
 from plain import Plain, cast
 
@@ -29,7 +31,8 @@ class Compiled(Baseline):
     torch.compile makes would have to copy.
     """
 
-    most: int | None = None  # option sets to try; None: all
+    most: int | None = None  # option sets to try on a CPU; None: all
+    found: Store | None = None  # what a search on this GPU has found
 
     def __init__(self, dtype: torch.dtype = torch.bfloat16) -> None:
         super().__init__(dtype)
@@ -38,26 +41,14 @@ class Compiled(Baseline):
         self.what = f"torch.compile of the whole step, {str(dtype).removeprefix('torch.')}"
         self.flags = ""
 
-    def options(self) -> list[dict[str, Any]]:
+    def options(self) -> list[Options]:
         """Option sets for torch._inductor.config."""
         if self.problem.device.type == "cpu":
             # fallback_random: torch's own generator. Inductor's does not vectorise on a CPU and can cost more than the
             # network. cpp_wrapper: no Python between the kernels, which pays where they are short.
             wrappers = (False, True) if self.problem.case.n <= 16 else (False,)
             return [{"freezing": True, "fallback_random": True, "cpp_wrapper": cpp} for cpp in wrappers]
-        common = {
-            "max_autotune": True,
-            "conv_1x1_as_mm": True,
-            "coordinate_descent_tuning": True,
-            "coordinate_descent_check_all_directions": True,
-        }
-        # The paper's network compiles for minutes: fewer sets.
-        fusion = (True, False) if self.problem.case.network == "tutorial" else (True,)
-        grid = itertools.product((False, True), fusion, ("ATEN", "ATEN,TRITON"))
-        return [
-            {**common, "epilogue_fusion": fused, "max_autotune_conv_backends": backends, "freezing": freezing}
-            for freezing, fused, backends in grid
-        ]
+        return for_gpu()
 
     def network(self, problem: Problem) -> Plain:
         return cast(problem.plain().folded(), self.dtype)
@@ -70,34 +61,47 @@ class Compiled(Baseline):
         return stack
 
     def make(self, network: Plain) -> Step:
+        gpu, problem = self.problem.device.type == "cuda", self.problem
+        order, known = self.options()[: self.most], list[Outcome]()
         torch._dynamo.reset()
-        gpu = self.problem.device.type == "cuda"
-        tried: list[tuple[float, str, Step, StepGraph | None]] = []
+        if gpu:
+            known = self.found.outcomes(key(problem.case, self.dtype, problem.device)) if self.found else []
+            order = best_first(known, self.options())
+        tried: list[tuple[float, Options, Step, StepGraph | None]] = []
         notes = []
-        layout = "NCHW" if self.dtype == torch.float32 else "channels_last"
-        for options in self.options()[: self.most]:
-            named = ", ".join(f"{name}={value}" for name, value in options.items())
+        for options in order:
             try:
-                self.step = compiled(whole_step(network, self.problem, self.dtype), options, self.problem)
-                self.captured = StepGraph(self.step, self.problem, self.guard) if gpu else None
+                self.build(network, options)
             except Exception as failure:  # whatever a compiler may raise; another option set may work
-                notes.append(f"{named}: {type(failure).__name__}: {str(failure).splitlines()[0][:120]}")
+                first = (str(failure).splitlines() or [""])[0]
+                notes.append(f"{named(options)}: {type(failure).__name__}: {first[:120]}")
                 continue
-            error, verdict = check(self, self.problem)
+            error, verdict = check(self, problem)
             best = min(self._once() for _ in range(5)) if verdict != "wrong" else float("inf")
-            notes.append(f"{named}: {verdict}, error {error:.1e}, {best * 1e3:.2f} ms")
-            tried.append((best, named, self.step, self.captured))
+            notes.append(f"{named(options)}: {verdict}, error {error:.1e}, {best * 1e3:.2f} ms")
+            tried.append((best, options, self.step, self.captured))
+            if gpu and verdict != "wrong":
+                break
         if not tried:
-            raise Missing("torch.compile failed: " + "; ".join(notes))
-        _, named, step, self.captured = min(tried, key=lambda item: item[0])
+            raise Missing("torch.compile failed: " + ("; ".join(notes) or told(known, len(self.options()))))
+        _, options, self.step, self.captured = min(tried, key=lambda item: item[0])
         self.notes = "; ".join(notes) if len(notes) > 1 else ""
+        if gpu:
+            self.notes = "; ".join(filter(None, [told(known, len(self.options())), self.notes]))
+        layout = "NCHW" if self.dtype == torch.float32 else "channels_last"
         prepared = ", ".join(filter(None, [network.folds, str(self.dtype), layout]))
         self.flags = (
             f"torch.compile(step, fullgraph=True, dynamic=False) of {network.what} ({prepared}) and update with "
             f"randn_like, no_grad, float32 state{', in a torch.cuda.CUDAGraph' if gpu else ''}; "
-            f"torch._inductor.config: {named}"
+            f"torch._inductor.config: {named(options)}"
         )
-        return step
+        return self.step
+
+    def build(self, network: Plain, options: Options) -> None:
+        """The step compiled under these options, captured on a GPU. Raises whatever the compiler raises."""
+        self.step = compiled(whole_step(network, self.problem, self.dtype), options, self.problem)
+        on_gpu = self.problem.device.type == "cuda"
+        self.captured = StepGraph(self.step, self.problem, self.guard) if on_gpu else None
 
     def _once(self) -> float:
         start = time.perf_counter()

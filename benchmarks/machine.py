@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import functools
 import importlib.metadata
 import os
@@ -32,6 +33,8 @@ def _version(package: str) -> str:
 
 
 def _commit() -> str:
+    """Of git, or of the variable DDPM_FAST_COMMIT where the tree was copied without its history."""
+    told = os.environ.get("DDPM_FAST_COMMIT", "unknown")
     folder = Path(__file__).parent
     try:
         head = subprocess.run(
@@ -45,8 +48,25 @@ def _commit() -> str:
             check=True,
         ).stdout
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        return told
     return head + (" with changes" if changed.strip() else "")
+
+
+def _driver() -> str:
+    """Version of the NVIDIA driver."""
+    try:
+        text = Path("/proc/driver/nvidia/version").read_text()
+    except OSError:
+        text = ""
+    found = re.search(r"Kernel Module(?: for \S+)?\s+(\d[\d.]*)", text)
+    if found:
+        return found[1]
+    try:
+        command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        told = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.split()
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+    return told[0] if told else "unknown"
 
 
 def _cpu_features() -> list[str]:
@@ -75,12 +95,14 @@ def facts(device: torch.device) -> dict[str, Any]:
         "python": platform.python_version(),
         "ddpm_fast": ddpm_fast.__version__,
         "commit": _commit(),
+        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
         "versions": {package: _version(package) for package in PACKAGES},
     }
     if device.type == "cuda":
         result["gpu"] = torch.cuda.get_device_name(device)
         result["cuda"] = torch.version.cuda
         result["cudnn"] = torch.backends.cudnn.version()
+        result["driver"] = _driver()
     return result
 
 
@@ -95,7 +117,8 @@ def peaks(device: torch.device, weight_bytes: int = 2**26, budget: float = 1.0) 
 
     bfloat16, float32: FLOP/s of the best of two matrix products and a convolution (a multiply-add is two). On a GPU
     float32 is TF32.
-    read: bytes a second of reading a buffer of `weight_bytes` again and again, as a step at batch 1 reads the weights.
+    read: bytes a second of reading a buffer of `weight_bytes`, as a step at batch 1 reads the weights: on a CPU again
+    and again, on a GPU from its memory, none of it in the L2 cache.
     """
     result = {}
     edge, images = (8192, 512) if device.type == "cuda" else (1536, 32)

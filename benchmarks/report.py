@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import results
+import targets
 from timing import Timing
 
 Table = list[list[str]]
@@ -102,12 +103,11 @@ def shares(group: list[dict[str, Any]]) -> str:
 
 
 def target_table(result: dict[str, Any]) -> str:
-    """What was wanted on a CPU, and what was measured; empty where the result says nothing of it."""
+    """What was wanted, and what was measured; empty where the result says nothing of it."""
     rows = [["of", "n", "baseline", "wanted", "measured (20-80 %)", ""]]
-    for row in results.targets(result):
-        verdict = "reached" if row.reached else "**missed**"
-        cells = [row.case, str(row.n), f"`{row.baseline}`", f"{row.least}x", _factor(row.measured), verdict]
-        rows.append(cells)
+    for row in targets.targets(result):
+        verdict = "**missed**" if row.verdict == "missed" else row.verdict
+        rows.append([row.case, str(row.n), f"`{row.baseline}`", row.wanted(), row.shown(), verdict])
     return markdown(rows) if len(rows) > 1 else ""
 
 

@@ -12,7 +12,7 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from timing import Timing, ratios
 
@@ -22,16 +22,6 @@ TRAINER = "T16"
 OURS = ("F16", "S16", "F32", "S32")
 
 TUTORIAL, PAPER, LUCIDRAINS = "tutorial 3x32x32", "ddpm-cifar10-32", "lucidrains 3x32x32"
-# At the least, for the fused plan in bfloat16 on a CPU: case -> (baseline, n or None for every n) -> ratio of times.
-TARGETS: dict[str, dict[tuple[str, int | None], float]] = {
-    TUTORIAL: {("C16", 1): 1.35}
-    | {(i, n): r for n in (16, 64) for i, r in (("C16", 1.5), ("OV16", 1.3), ("E32", 5.0))},
-    PAPER: {("C16", 16): 1.5, ("D32", None): 1.0, ("D16", None): 1.0},
-    LUCIDRAINS: {("C16", 16): 1.3, ("C16", None): 1.0, ("L32", None): 1.0, ("L16", None): 1.0},
-}
-TRAINING_TARGET = 1.0  # the Trainer's step against the fastest of the others, and its memory against eager's
-HOST_TARGET = 5.0  # of the host time of `scheduler.step`
-
 _TOP: dict[str, type] = {"schema": int, "machine": dict, "settings": dict, "peaks": dict, "ops": list, "cases": list}
 _CASE = {"name": str, "n": int, "shape": list, "macs": int, "parameters": int, "candidates": list, "layers": str}
 _HOST = {"scheduler": str, "what": str, "status": str, "reason": str, "rounds_s": dict}
@@ -158,40 +148,3 @@ def best_in_training(figures: dict[str, Any]) -> str | None:
     """The fastest correct way of training that is not ours."""
     others = {i: speed(c).median for i, c in timed(figures).items() if i != TRAINER and c["status"] == "ok"}
     return min(others, key=others.__getitem__) if others else None
-
-
-class Target(NamedTuple):
-    """What was wanted and what was measured: a ratio of times, baseline / ours."""
-
-    case: str
-    baseline: str
-    n: int
-    least: float
-    measured: Timing
-
-    @property
-    def reached(self) -> bool:
-        """Whether the median is as wanted."""
-        return self.measured.median >= self.least
-
-
-def targets(result: dict[str, Any]) -> list[Target]:
-    """Every target that this CPU result speaks about."""
-    rows: list[Target] = []
-    if result["machine"]["device"] != "cpu":
-        return rows
-    for case in result["cases"]:
-        for (baseline, n), least in TARGETS.get(case["name"], {}).items():
-            measured = speed_up(case, baseline, "F16") if n in (None, case["n"]) else None
-            if measured is not None:
-                rows.append(Target(case["name"], baseline, case["n"], least, measured))
-    for figures in result.get("training") or []:
-        best = best_in_training(figures)
-        measured = None if best is None else training_ratio(figures, best)
-        if best is not None and measured is not None:
-            rows.append(Target("training " + figures["case"], best, figures["n"], TRAINING_TARGET, measured))
-    for row in result.get("host") or []:
-        measured = host_ratio(row)
-        if measured is not None:
-            rows.append(Target(row["scheduler"] + ".step", "diffusers", 1, HOST_TARGET, measured))
-    return rows

@@ -1,32 +1,41 @@
 """The whole benchmark: ops, sampling and training steps, drift, schedulers; ours and every baseline, each checked.
 
     python benchmarks/run.py [--quick] [--only ops|sampler|paper|lucidrains|variants|drift|training|host]
-                             [--variants] [--n 1,16] [--out FILE.json]
+                             [--variants] [--n 1,16] [--minutes M] [--out FILE.json]
 
 Prints tables as it goes and writes benchmarks/results/<machine>.json, which benchmarks/report.py turns into Markdown
-and plots. NOTES.md tells how to read it. Exit code 1 when a check of ours failed, 2 when it could not start.
+and plots; the file is written again after every case, so a run that is cut off keeps what it had. Several runs of one
+machine and commit become one file by report.py --merge. NOTES.md tells how to read it. Exit code 1 when a check of ours
+failed, 2 when it could not start.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
+import math
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import cases
+import compile_options
 import drift
 import host
 import inductor
 import machine
+import op_speed
 import results
 import sampler
+import targets
 import torch
 import training
+from candidate import Case
 from machine import progress
 
+FOLDER = Path(__file__).parent / "results"
 SECTIONS = ("ops", "sampler", "paper", "lucidrains", "variants", "drift", "training", "host")
 DRIFT_CANDIDATES = ("F16", "F32", "S16", "E16", "C16", "OV16")
 
@@ -69,6 +78,14 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--threads", type=int, help="of torch and OpenVINO; default: torch's own choice")
     result.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     result.add_argument("--out", type=Path, metavar="FILE.json", help="default: benchmarks/results/<machine>.json")
+    result.add_argument("--minutes", type=float, default=math.inf, metavar="M", help="begin no case after so long")
+    result.add_argument(
+        "--baselines",
+        type=Path,
+        metavar="FILE.json",
+        help="which options make torch.compile fastest on this GPU, as gpu_check.search has found out; default: "
+        "baselines.json beside the result, and what benchmarks/results has",
+    )
     return result
 
 
@@ -104,100 +121,160 @@ def _tune(device: torch.device) -> None:
         torch.set_float32_matmul_precision("high")
 
 
-def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """Everything asked for, printed as it comes; the result as the file has it."""
-    device = torch.device(options.device)
+class Run:
+    """A run so far. keep: is given the result after every case."""
+
+    def __init__(self, options: argparse.Namespace, keep: Callable[[dict[str, Any]], None]) -> None:
+        self.options, self.keep, self.began = options, keep, time.perf_counter()
+        device = torch.device(options.device)
+        # With its index, so that it compares equal to where tensors say that they are.
+        self.device = torch.device("cuda", torch.cuda.current_device()) if options.device == "cuda" else device
+        self.gpu = device.type == "cuda"
+        self.sections = options.only or [section for section in SECTIONS if section != "variants"]
+        if options.variants and "variants" not in self.sections:
+            self.sections = [*self.sections, "variants"]
+        self.batches = options.n or ([1, 16] if options.quick else [1, 16, 64, 512 if self.gpu else 256])
+        self.budget = options.seconds or (1.0 if options.quick else 3.0)
+        self.turn = 0.1 if options.quick else 0.3
+        self.not_done: list[str] = []
+        self.result: dict[str, Any] = {"schema": results.SCHEMA, "machine": machine.facts(self.device), "cases": []}
+        self.result |= {"ops": [], "drift": None, "training": [], "host": [], "peaks": {}}
+
+    def in_time(self, what: str = "") -> bool:
+        """Whether something new may begin; what may not is noted."""
+        left = 60 * self.options.minutes - (time.perf_counter() - self.began) > 0
+        if not left and what:
+            progress(f"no time left for {what}")
+            self.not_done.append(what)
+        return left
+
+    def write(self) -> None:
+        """Hand the result so far to `keep`."""
+        self.result["settings"] = {
+            "argv": sys.argv[1:],
+            "sections": self.sections,
+            "batches": self.batches,
+            "seconds_per_candidate": self.budget,
+            "seconds_per_turn": self.turn,
+            "took_s": round(time.perf_counter() - self.began, 1),
+            "not_done": self.not_done,
+        }
+        self.keep(self.result)
+
+    def look(self) -> None:
+        """What the machine can do: at the end again, for others may have been busy when the run began."""
+        progress("measuring what the machine can do")
+        before, now = self.result["peaks"], machine.peaks(self.device, budget=self.budget)
+        self.result["peaks"] = {name: max(rate, before.get(name, 0.0)) for name, rate in now.items()}
+
+    def ops(self) -> None:
+        """Every op, on a GPU in two dtypes."""
+        quick = self.options.quick
+        for dtype in (torch.float32, torch.bfloat16) if self.gpu else (torch.float32,):
+            if not self.in_time(f"ops, {dtype}"):
+                continue
+            progress(f"ops, {dtype}")
+
+            def keep(figures: dict[str, Any], earlier: tuple[Any, ...] = tuple(self.result["ops"])) -> None:
+                self.result["ops"] = [*earlier, figures]
+                self.write()
+
+            figures = op_speed.run_ops(
+                self.device,
+                dtype,
+                elements=2**20 if quick and not self.gpu else None,
+                budget=0.2 if quick else 0.6,
+                say=lambda line: print(line, flush=True),
+                keep=keep,
+                in_time=self.in_time,
+            )
+            self.not_done += [f"{name}, {dtype}" for name in figures["not_done"]]
+            print(flush=True)
+
+    def cases(self) -> list[tuple[Case, list[str]]]:
+        """Sampling steps to measure, and by which candidates."""
+        options, device = self.options, self.device
+        named = functools.partial(_candidates, options)
+        todo: list[tuple[Case, list[str]]] = []
+        if "sampler" in self.sections:
+            todo += [(sampler.tutorial(n), named(sampler.ON_GPU if self.gpu else sampler.ON_CPU)) for n in self.batches]
+        if "paper" in self.sections:
+            for n in options.n or ([1] if options.quick else [1, 16, 64]):
+                todo.append((sampler.paper(n), named(sampler.for_paper(n, device, quick=options.quick))))
+        if "lucidrains" in self.sections:
+            for n in options.n or ([1] if options.quick else [1, 4, 16, 64]):
+                todo.append((sampler.lucidrains(n), named(sampler.for_lucidrains(n, device, quick=options.quick))))
+        if "variants" in self.sections:
+            todo += [(case, named(sampler.FOR_VARIANTS)) for n in (options.n or [16]) for case in sampler.variants(n)]
+        return todo
+
+    def drift(self) -> None:
+        """Final images of a whole run from the same noise."""
+        quick = self.options.quick
+        names = [name for name in _candidates(self.options, DRIFT_CANDIDATES) if name in DRIFT_CANDIDATES]
+        if quick:
+            names = [name for name in names if not name.startswith("C")]  # compiles for half a minute
+        case = sampler.tutorial(1 if quick else 2)
+        self.result["drift"] = drift.run_drift(case, self.device, names, steps=100 if quick else None)
+        _say(drift.lines(self.result["drift"]))
+
+    def training(self) -> None:
+        """Training steps."""
+        quick = self.options.quick
+        for n in self.options.n or ([16] if quick else [128]):
+            if self.in_time(f"training, n = {n}"):
+                names = tuple(name for name in training.CANDIDATES if not (quick and name.startswith("AC")))
+                figures = training.run_training(n, self.device, names=names, budget=5 * self.budget)
+                self.result["training"].append(figures)
+                _say(training.lines(figures))
+
+    def do(self) -> dict[str, Any]:
+        """Everything asked for, printed as it comes; the result as the file has it."""
+        self.look()
+        _say(_header(self.result["machine"], self.result["peaks"]))
+        if "ops" in self.sections:
+            self.ops()
+        for case, names in self.cases():
+            if self.in_time(f"{case.name}, n = {case.n}"):
+                figures = sampler.run_case(case, self.device, names, budget=self.budget, turn=self.turn)
+                self.result["cases"].append(figures)
+                self.write()
+                _say(sampler.lines(figures))
+        if "drift" in self.sections and self.in_time("drift"):
+            self.drift()
+        if "training" in self.sections:
+            self.training()
+        if "host" in self.sections and self.in_time("host"):
+            self.result["host"] = host.run_host(self.budget)
+            _say(host.lines(self.result["host"]))
+        _say(_verdict(self.result))
+        self.look()
+        self.write()
+        return self.result
+
+
+def measure(options: argparse.Namespace, keep: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    """Everything asked for; `keep` is given the result after every case."""
     if options.threads:
         torch.set_num_threads(options.threads)
-    _tune(device)
-    began = time.perf_counter()
-    sections = options.only or [section for section in SECTIONS if section != "variants"]
-    if options.variants and "variants" not in sections:
-        sections = [*sections, "variants"]
-    gpu = device.type == "cuda"
-    batches = options.n or ([1, 16] if options.quick else [1, 16, 64, 512 if gpu else 256])
-    budget = options.seconds or (1.0 if options.quick else 3.0)
-    turn = 0.1 if options.quick else 0.3
+    _tune(torch.device(options.device))
+    run = Run(options, keep)
     if options.quick:
-        inductor.Compiled.most = 2 if gpu else 1
-    progress("measuring what the machine can do")
-    facts, peaks = machine.facts(device), machine.peaks(device, budget=budget)
-    _say(_header(facts, peaks))
-    result: dict[str, Any] = {"schema": results.SCHEMA, "machine": facts, "peaks": peaks, "cases": []}
-    result |= {"ops": [], "drift": None, "training": [], "host": []}
-
-    if "ops" in sections:
-        for dtype in (torch.float32, torch.bfloat16) if gpu else (torch.float32,):
-            progress(f"ops, {dtype}")
-            figures = cases.run_ops(
-                device,
-                dtype,
-                elements=2**20 if options.quick and not gpu else None,
-                budget=0.2 if options.quick else 0.6,
-                say=lambda line: print(line, flush=True),
-            )
-            result["ops"].append(figures)
-            print(flush=True)
-    todo = []
-    if "sampler" in sections:
-        names = _candidates(options, sampler.ON_GPU if gpu else sampler.ON_CPU)
-        todo += [(sampler.tutorial(n), names) for n in batches]
-    if "paper" in sections:
-        for n in options.n or ([1] if options.quick else [1, 16, 64]):
-            names = _candidates(options, sampler.for_paper(n, device, quick=options.quick))
-            todo.append((sampler.paper(n), names))
-    if "lucidrains" in sections:
-        for n in options.n or ([1] if options.quick else [1, 4, 16, 64]):
-            names = _candidates(options, sampler.for_lucidrains(n, device, quick=options.quick))
-            todo.append((sampler.lucidrains(n), names))
-    if "variants" in sections:
-        names = _candidates(options, sampler.FOR_VARIANTS)
-        todo += [(case, names) for n in (options.n or [16]) for case in sampler.variants(n)]
-    for case, names in todo:
-        figures = sampler.run_case(case, device, names, budget=budget, turn=turn)
-        result["cases"].append(figures)
-        _say(sampler.lines(figures))
-    if "drift" in sections:
-        names = [name for name in _candidates(options, DRIFT_CANDIDATES) if name in DRIFT_CANDIDATES]
-        if options.quick:
-            names = [name for name in names if not name.startswith("C")]  # compiles for half a minute
-        case = sampler.tutorial(1 if options.quick else 2)
-        result["drift"] = drift.run_drift(case, device, names, steps=100 if options.quick else None)
-        _say(drift.lines(result["drift"]))
-    if "training" in sections:
-        for n in options.n or ([16] if options.quick else [128]):
-            names = tuple(name for name in training.CANDIDATES if not (options.quick and name.startswith("AC")))
-            figures = training.run_training(n, device, names=names, budget=5 * budget)
-            result["training"].append(figures)
-            _say(training.lines(figures))
-    if "host" in sections:
-        result["host"] = host.run_host(budget)
-        _say(host.lines(result["host"]))
-    _say(_verdict(result))
-    # Others may have been busy when the run began: a limit is the best that was seen.
-    again = machine.peaks(device, budget=budget)
-    result["peaks"] = {name: max(rate, again[name]) for name, rate in peaks.items()}
-    result["settings"] = {
-        "argv": sys.argv[1:],
-        "sections": sections,
-        "batches": batches,
-        "seconds_per_candidate": budget,
-        "seconds_per_turn": turn,
-        "took_s": round(time.perf_counter() - began, 1),
-    }
-    return result
+        inductor.Compiled.most = 2 if run.gpu else 1
+    if run.gpu:
+        places = [FOLDER / f"{machine.slug(run.result['machine'])}-baselines.json"]
+        places.append(options.baselines or _target(options, run.result).parent / "baselines.json")
+        inductor.Compiled.found = compile_options.Store(places)
+    return run.do()
 
 
 def _verdict(result: dict[str, Any]) -> list[str]:
-    rows = results.targets(result)
-    if not rows:
-        return []
-    found = ["targets of the fused bfloat16 plan, and of the schedulers, on a CPU:"]
+    rows = targets.targets(result)
+    found = ["targets of the fused bfloat16 plan, of the ops and of the schedulers:"] if rows else []
     for row in rows:
-        word = "reached" if row.reached else "MISSED"
-        ratio = f"{row.measured.median:.2f}x ({row.measured.p20:.2f} - {row.measured.p80:.2f})"
+        word = "MISSED" if row.verdict == "missed" else row.verdict
         where = f"{row.case}, n = {row.n}"
-        found.append(f"  {where:<28} against {row.baseline:<9} {ratio}, wanted {row.least}x: {word}")
+        found.append(f"  {where:<38} {row.of():<22} {row.shown()}, wanted {row.wanted()}: {word}")
     return found
 
 
@@ -217,15 +294,19 @@ def failed(result: dict[str, Any]) -> list[str]:
     return wrong + [f"{row['scheduler']}: {row['reason']}" for row in result["host"] if row["status"] == "wrong"]
 
 
+def _target(options: argparse.Namespace, result: dict[str, Any]) -> Path:
+    out: Path = options.out or FOLDER / f"{machine.slug(result['machine'])}.json"
+    return out
+
+
 def main(argv: list[str] | None = None) -> int:
     """Measure, print, write."""
     options = parser().parse_args(argv)
     if options.device.startswith("cuda") and not torch.cuda.is_available():
         print("run.py: error: --device cuda, but torch finds no usable NVIDIA GPU", file=sys.stderr)
         return 2
-    result = measure(options)
-    out = options.out or Path(__file__).parent / "results" / f"{machine.slug(result['machine'])}.json"
-    results.save(result, out)
+    result = measure(options, lambda result: results.save(result, _target(options, result)))
+    out = _target(options, result)
     print(f"{os.path.relpath(out)} written; {result['settings']['took_s'] / 60:.1f} minutes", flush=True)
     wrong = failed(result)
     for what in wrong:

@@ -1,4 +1,4 @@
-"""Timing that can be trusted on a noisy machine: candidates take turns, medians count, GPU caches are cleared."""
+"""Timing that can be trusted on a noisy machine: candidates take turns, medians count, no GPU cache helps."""
 
 from __future__ import annotations
 
@@ -34,34 +34,49 @@ def ratios(baseline: Sequence[float], ours: Sequence[float]) -> Timing:
     return Timing.of([b / o for b, o in zip(baseline, ours, strict=True)])
 
 
-class _Clock:
-    """Seconds of one call: wall clock on a CPU, CUDA events with a cleared L2 cache on a GPU."""
+HEAD_START, PER_CALL = 1_000_000, 120_000
+"""For how long a GPU waits before it does what is timed, in its clock's cycles: about 0.5 ms, and 60 us for each call
+that the host has to queue meanwhile. So nothing that is timed waits for the host."""
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        # Larger than any L2 cache so far; writing it evicts what the call before has left there.
-        self.flush = torch.empty(256 * 2**20, dtype=torch.uint8, device=device) if device.type == "cuda" else None
+
+class _Clock:
+    """Seconds of one call: wall clock on a CPU, CUDA events on a GPU, the launches queued beforehand.
+
+    flush: on a GPU, clear the L2 cache before every call. Without it calls follow one another, which is right for what
+    moves several times as much as the cache holds, and leaves the events' own microseconds out.
+    """
+
+    def __init__(self, device: torch.device, *, flush: bool) -> None:
+        self.device, self.flush = device, flush
+        if device.type == "cuda" and flush:
+            # Larger than any L2 cache so far. Reading it evicts what the call before has left; writing it would, too,
+            # but then the call that is timed would have to write these lines back to memory.
+            self.other = torch.zeros(2**26, device=device)
+            self.total = torch.zeros((), device=device)
 
     def seconds(self, run: Run, repeats: int) -> float:
-        if self.flush is None:
+        if self.device.type != "cuda":
             start = time.perf_counter()
             for _ in range(repeats):
                 run()
             return (time.perf_counter() - start) / repeats
-        total = 0.0
-        for _ in range(repeats):
-            self.flush.zero_()
+        torch.cuda._sleep(HEAD_START + PER_CALL * repeats)
+        pairs = []
+        for _ in range(repeats if self.flush else 1):
+            if self.flush:
+                torch.sum(self.other, 0, out=self.total)
             before, after = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             before.record()
-            run()
+            for _ in range(1 if self.flush else repeats):
+                run()
             after.record()
-            torch.cuda.synchronize(self.device)
-            total += before.elapsed_time(after) / 1e3
-        return total / repeats
+            pairs.append((before, after))
+        torch.cuda.synchronize(self.device)
+        return sum(before.elapsed_time(after) for before, after in pairs) / 1e3 / repeats
 
 
 def interleaved_rounds(
-    candidates: Mapping[str, Run], device: torch.device, *, rounds: int = 21, budget: float = 2.0
+    candidates: Mapping[str, Run], device: torch.device, *, rounds: int = 21, budget: float = 2.0, flush: bool = True
 ) -> dict[str, list[float]]:
     """Seconds of every round of each candidate, in turn, A B C A B C ..., so that a drifting machine does not decide.
 
@@ -69,15 +84,19 @@ def interleaved_rounds(
         candidates: name -> function without arguments; each is called three times first.
         rounds: how many turns at the most; at least 5 are done.
         budget: seconds for one candidate after its warm-up, roughly.
+        flush: clear a GPU's L2 cache before every call; see `exceeds_cache`.
     """
-    clock = _Clock(device)
+    clock = _Clock(device, flush=flush)
+    most = (
+        1000 if device.type == "cpu" else 100
+    )  # a GPU's queue holds about a thousand launches, of all kernels of a call
     repeats: dict[str, int] = {}
     for name, run in candidates.items():
         for _ in range(3):
             run()
         once = clock.seconds(run, 1)
         # Short calls are repeated within a turn, until a turn is well above the clock's resolution.
-        repeats[name] = max(1, min(1000, int(2e-3 / max(once, 1e-7))))
+        repeats[name] = max(1, min(most, int(2e-3 / max(once, 1e-7))))
     slowest = max(clock.seconds(run, repeats[name]) * repeats[name] for name, run in candidates.items())
     turns = max(5, min(rounds, int(budget / max(slowest, 1e-9))))
     samples: dict[str, list[float]] = {name: [] for name in candidates}
@@ -88,10 +107,10 @@ def interleaved_rounds(
 
 
 def interleaved(
-    candidates: Mapping[str, Run], device: torch.device, *, rounds: int = 21, budget: float = 2.0
+    candidates: Mapping[str, Run], device: torch.device, *, rounds: int = 21, budget: float = 2.0, flush: bool = True
 ) -> dict[str, Timing]:
     """The summary of `interleaved_rounds`."""
-    samples = interleaved_rounds(candidates, device, rounds=rounds, budget=budget)
+    samples = interleaved_rounds(candidates, device, rounds=rounds, budget=budget, flush=flush)
     return {name: Timing.of(values) for name, values in samples.items()}
 
 
@@ -129,9 +148,18 @@ def step_rounds(
     return samples
 
 
+def exceeds_cache(device: torch.device, size: int) -> bool:
+    """Whether a GPU's L2 cache holds so little of `size` bytes that it need not be cleared between calls."""
+    return device.type == "cuda" and size >= 4 * torch.cuda.get_device_properties(device).L2_cache_size
+
+
 def copy_bandwidth(device: torch.device, elements: int = 2**26) -> float:
-    """Bytes a second of a large float32 copy (read + write): what 100 % means for an op bound by memory."""
-    source = torch.ones(elements, device=device)
+    """Bytes a second of a large float32 copy (read + write): what 100 % means for an op bound by memory. On a GPU the
+    better of the library's copy and a kernel's."""
+    source = torch.empty(elements, device=device).uniform_()
     target = torch.empty_like(source)
-    timing = interleaved({"copy": lambda: target.copy_(source)}, device, budget=1.0)["copy"]
-    return 8 * elements / timing.median
+    copies: dict[str, Run] = {"copy": lambda: target.copy_(source)}
+    if device.type == "cuda":
+        copies["kernel"] = lambda: torch.mul(source, 1.5, out=target)
+    times = interleaved(copies, device, budget=1.0, flush=not exceeds_cache(device, 4 * elements))
+    return 8 * elements / min(timing.median for timing in times.values())

@@ -2,6 +2,9 @@
 
 Without a GPU the Triton kernels run in Triton's interpreter, which has to be chosen before triton is imported. With
 DDPM_FAST_REQUIRE_GPU=1 a test that would be skipped for lack of a GPU fails instead.
+
+The marker ``gpu`` says which tests need one. The others find none even where there is one, neither they nor the
+processes that they start: what picks a device by itself picks the CPU in them, on every machine.
 """
 
 from __future__ import annotations
@@ -60,7 +63,35 @@ def pytest_configure(config: pytest.Config) -> None:
     torch.backends.cudnn.allow_tf32 = False
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The tests of a module whose DEVICE is the GPU, where there is one, need it."""
+    for item in items:
+        device = getattr(getattr(item, "module", None), "DEVICE", None)
+        if isinstance(device, torch.device) and device.type == "cuda":
+            item.add_marker("gpu")
+
+
+_REAL = {"is_available": torch.cuda.is_available, "device_count": torch.cuda.device_count}
+_NONE = {"is_available": lambda: False, "device_count": lambda: 0}
+_VISIBLE = os.environ.get("CUDA_VISIBLE_DEVICES")
+
+
+def show_gpu(shown: bool) -> None:
+    """Let PyTorch, and children to come, find the GPU or not. Here, not in a fixture: those of a module come first."""
+    for name, function in (_REAL if shown else _NONE).items():
+        setattr(torch.cuda, name, function)
+    if not shown:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    elif _VISIBLE is None:
+        os.environ.pop("CUDA_VISIBLE_DEVICES", None)
+    else:
+        os.environ["CUDA_VISIBLE_DEVICES"] = _VISIBLE
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
+    if HAS_GPU:
+        show_gpu(item.get_closest_marker("gpu") is not None)
     if item.get_closest_marker("gpu") and not HAS_GPU:
         message = "no NVIDIA GPU here; run on a machine with one: DDPM_FAST_REQUIRE_GPU=1 make test"
         if REQUIRE_GPU:

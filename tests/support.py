@@ -26,6 +26,11 @@ TOLERANCES = {
     torch.float16: {"rtol": 2**-10, "atol": 1e-4},
     torch.float32: {"rtol": 1e-6, "atol": 1e-6},
 }
+# Of the norms: statistics are summed in another order and rounded once, a few ulp for all that they are of alike.
+# Half-width results are rounded once on either side.
+CLOSE = {**TOLERANCES, torch.float32: {"rtol": 4e-6, "atol": 4e-6}}
+# Sums of up to a thousand such values, in float32 or better.
+CLOSE_SUMS = {**TOLERANCES, torch.float32: {"rtol": 1e-5, "atol": 3e-5}}
 
 
 def in_memory(x: Tensor, kind: str) -> Tensor:
@@ -54,12 +59,15 @@ def rand(shape: tuple[int, ...], dtype: torch.dtype = torch.float32, seed: int =
 
 
 def to(device: torch.device, value: Any) -> Any:
-    """Tensors in ``value`` (a tensor, dict or anything else) on the device, with their strides."""
+    """Tensors in ``value`` (a tensor, dict or anything else) on the device, with their strides and alignment."""
     if isinstance(value, Tensor):
         if device.type == "cpu":
             return value
-        moved = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=device)
-        return moved.copy_(value).requires_grad_(value.requires_grad)
+        # As far from the start of its memory as it was, so that what lay off every alignment still does.
+        first, ends = value.storage_offset(), zip(value.shape, value.stride(), strict=True)
+        length = first + 1 + sum(max(size - 1, 0) * stride for size, stride in ends)
+        moved = torch.empty(length, dtype=value.dtype, device=device).as_strided(value.shape, value.stride(), first)
+        return moved.copy_(value.detach()).requires_grad_(value.requires_grad)
     if isinstance(value, dict):
         return {name: to(device, item) for name, item in value.items()}
     return value

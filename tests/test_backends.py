@@ -172,6 +172,41 @@ def test_report_compares_driver_and_runtime(monkeypatch):
         native._cuda_reason.cache_clear()
 
 
+@pytest.mark.parametrize(
+    ("built", "capability", "served"),
+    [
+        ("80-real 90", (8, 0), True),
+        ("80-real 90", (8, 9), True),
+        ("80-real 90", (9, 0), True),
+        ("80-real 90", (12, 0), True),  # by PTX
+        ("80-real 90", (7, 5), False),
+        ("80-real", (9, 0), False),
+        ("native", (7, 5), True),
+    ],
+)
+def test_a_gpu_that_nothing_was_compiled_for_says_so(monkeypatch, built, capability, served):
+    class Built:
+        @staticmethod
+        def build_info():
+            return {"cuda": True, "cuda_architectures": built, "cuda_error": ""}
+
+    monkeypatch.setattr(native, "_C", Built)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    native._cuda_reason.cache_clear()
+    try:
+        reason = native.unavailable_reason(torch.device("cuda", 0))
+        assert (reason is None) == served
+        if not served:
+            number = "".join(map(str, capability))
+            assert f"compiled for {built}" in reason
+            assert f"-DCMAKE_CUDA_ARCHITECTURES={number}" in reason
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        assert "torch built for CUDA" in native.unavailable_reason(torch.device("cuda", 0))
+    finally:
+        native._cuda_reason.cache_clear()
+
+
 def test_pool_survives_a_fork():
     """A DataLoader worker is a fork: the parent's threads do not exist there."""
     code = (

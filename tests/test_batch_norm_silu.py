@@ -5,16 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from support import DTYPES, MEMORY, TOLERANCES, assert_same, rand, reference, to
+from support import CLOSE, DTYPES, MEMORY, TOLERANCES, assert_same, rand, reference, to
 
 from ddpm_fast import ops
 
 IMAGE = (2, 6, 6, 6)
 NAMES = ("h", "weight", "bias", "temb")
 
-# The statistics are summed in another order, and rstd weight is rounded once: a few ulp for a whole channel alike.
-# Half-width results are rounded once on either side.
-CLOSE = {**TOLERANCES, torch.float32: {"rtol": 4e-6, "atol": 4e-6}}
 # Sums of up to a few thousand such values per channel, in float32 or better.
 CLOSE_SUMS = {**TOLERANCES, torch.float32: {"rtol": 1e-5, "atol": 4e-5}}
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copy
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -134,18 +132,15 @@ def test_figures_follow_from_the_rounds(module, result):
     assert results.floor(narrow, result["peaks"]) == pytest.approx(2 * 32e6 / 2e10)  # by reading the weights
     assert results.floor(narrow, result["peaks"], "float32") == pytest.approx(2 * 0.75e9 / 2e11)
     assert results.floor(narrow, {"read": 1.0}) is None
-    verdicts = {(row.case, row.baseline, row.n): row.reached for row in results.targets(result)}
+    verdicts = {(row.case, row.baseline, row.n): row.reached for row in module("targets").targets(result)}
     tutorial, paper = "tutorial 3x32x32", "ddpm-cifar10-32"
     assert verdicts == {
         (tutorial, "C16", 16): True, (tutorial, "OV16", 16): False, (tutorial, "C16", 1): False,
         (paper, "C16", 16): False, (paper, "D16", 16): False, (paper, "D16", 64): True,
         ("DDPMScheduler.step", "diffusers", 1): True,
     }  # fmt: skip
-    assert results.targets(result)[-1].measured.median == pytest.approx(6.0)
+    assert module("targets").targets(result)[-1].measured.median == pytest.approx(6.0)
     assert results.host_ratio(result["host"][1]) is None
-    elsewhere = copy.deepcopy(result)
-    elsewhere["machine"]["device"] = "cuda"
-    assert results.targets(elsewhere) == []
 
 
 def test_the_report_has_the_figures_and_the_plot(module, result, tmp_path):
@@ -220,12 +215,3 @@ def test_stored_results_are_readable(module):
             continue
         result = module("results").load(path)
         assert module("report").report(result, {})
-
-
-def test_the_gpu_script_is_a_script_and_names_files_that_exist():
-    script = FOLDER / "gpu_check.sh"
-    subprocess.run(["bash", "-n", str(script)], check=True)
-    text = script.read_text()
-    for name in ("benchmarks/run.py", "benchmarks/report.py"):
-        assert name in text
-        assert (FOLDER.parent / name).is_file()

@@ -100,7 +100,7 @@ def test_run_measures_the_paper(module, quick_run, tmp_path, capsys):
     result = module("results").load(out)
     assert [(case["network"], case["n"]) for case in result["cases"]] == [("ddpm-cifar10-32", 2)]
     assert result["cases"][0]["options"]["block_out_channels"] == [16, 32]
-    found = [(row.case, row.baseline, row.n, row.least) for row in module("results").targets(result)]
+    found = [(row.case, row.baseline, row.n, row.least) for row in module("targets").targets(result)]
     assert found == [("ddpm-cifar10-32", baseline, 2, 1.0) for baseline in ("D32", "D16")]
     lines = [line for line in text.splitlines() if ", wanted 1.0x: " in line]
     assert len(lines) == 2

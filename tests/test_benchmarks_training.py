@@ -30,7 +30,7 @@ def test_candidates_are_checked_timed_and_reported(module, monkeypatch):
         "cases": [],
     }
     result = results.validate({**empty, "training": [figures]})
-    (target,) = results.targets(result)
+    (target,) = module("targets").targets(result)
     assert (target.baseline, target.n, target.least) == (results.best_in_training(figures), 4, 1.0)
     table = module("report").training_table(figures)
     assert table.count("| 3 |") == 3

@@ -2,8 +2,11 @@
 
 import inspect
 
-import diffusers
 import pytest
+
+pytest.importorskip("diffusers", reason="pip install 'ddpm_fast[diffusers]'")
+
+import diffusers
 import torch
 from torch import nn
 from unet_configs import OPTIONS, SMALL, config_of, inputs_of

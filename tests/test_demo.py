@@ -4,8 +4,13 @@ import json
 import math
 import re
 
-import numpy as np
 import pytest
+
+pytest.importorskip("sklearn", reason="pip install 'ddpm_fast[demo]'")
+pytest.importorskip("safetensors", reason="pip install safetensors")
+pytest.importorskip("PIL", reason="pip install 'ddpm_fast[images]'")
+
+import numpy as np
 import torch
 from PIL import Image
 from safetensors import safe_open

@@ -11,8 +11,12 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
+
+pytest.importorskip("PIL", reason="pip install 'ddpm_fast[images]'")
+pytest.importorskip("sklearn", reason="pip install 'ddpm_fast[demo]'")
+
+import numpy as np
 import torch
 from PIL import Image
 from sampler_models import threads, tutorial_loop

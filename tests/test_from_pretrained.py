@@ -4,8 +4,11 @@ import inspect
 import json
 import math
 
-import diffusers
 import pytest
+
+pytest.importorskip("diffusers", reason="pip install 'ddpm_fast[diffusers]'")
+
+import diffusers
 import torch
 from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler, DPMSolverMultistepScheduler
 from unet_configs import SMALL

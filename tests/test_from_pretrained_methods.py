@@ -1,6 +1,9 @@
 """`Sampler.from_pretrained` with DPM-Solver++(2M), learned variance, alphas that do not end at one, and generators."""
 
 import pytest
+
+pytest.importorskip("diffusers", reason="pip install 'ddpm_fast[diffusers]'")
+
 import torch
 from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, DPMSolverMultistepScheduler
 from test_from_pretrained import FP32, STEPS, N, T, saved

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from support import DTYPES, MEMORY, TOLERANCES, assert_same, rand, reference, to
+from support import CLOSE, CLOSE_SUMS, DTYPES, MEMORY, assert_same, rand, reference, to
 
 from ddpm_fast import ops
 from ddpm_fast.backends import native_norm
@@ -17,12 +17,6 @@ except ImportError:  # no Triton
 
 IMAGE, GROUPS = (2, 6, 6, 6), 3
 NAMES = ("h", "weight", "beta", "bias", "temb")
-
-# Statistics are summed in another order, and mean - bias - temb is rounded instead of h + bias + temb: a few ulp of the
-# largest of these, for every element of a group alike. Half-width results are rounded once on either side.
-CLOSE = {**TOLERANCES, torch.float32: {"rtol": 4e-6, "atol": 4e-6}}
-# Sums of up to a thousand such values per channel, in float32 or better.
-CLOSE_SUMS = {**TOLERANCES, torch.float32: {"rtol": 1e-5, "atol": 3e-5}}
 
 # (shape, groups): one group, one channel a group, one place, odd sizes, groups wider and narrower than a cache line,
 # vectors, volumes, one element, groups of several pieces, nothing.

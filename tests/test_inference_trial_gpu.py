@@ -75,6 +75,29 @@ def test_a_call_that_waits_for_the_device_is_timed_all_the_same(gpu):
     assert len(device.sleeps) == trial.ATTEMPTS
 
 
+def test_a_clock_that_has_to_speed_up_first_throws_nobody_out(gpu):
+    """The first five calls take four times as long."""
+    device = gpu(1.0)
+    calls = []
+
+    def bound(microseconds):
+        def run(frame):
+            calls.append(microseconds)
+            device.run(microseconds * (4 if len(calls) <= 5 else 1))
+
+        return run
+
+    class Candidate:
+        def __init__(self, name):
+            self.name = name
+
+    alike = trial.Alike()
+    served = [(Candidate(str(i)), bound(10.0 + i)) for i in range(4)]
+    alike.enter(served, trial.timed_on_gpu, None)
+    assert [contender.candidate.name for contender in alike.contenders] == ["0", "1", "2", "3"]
+    assert alike.ranking == pytest.approx({str(i): (10.0 + i) * 1e-6 for i in range(4)})
+
+
 def test_the_model_beats_a_plan_by_the_time_of_the_device(gpu):
     """The plan's launches take ten times as long on the host as the model's, and half as long on the device."""
 

@@ -4,6 +4,9 @@ import sys
 from pathlib import Path
 
 import pytest
+
+pytest.importorskip("diffusers", reason="pip install 'ddpm_fast[diffusers]'")
+
 import torch
 from scheduler_pairs import pair
 

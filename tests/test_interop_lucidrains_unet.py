@@ -4,8 +4,12 @@ import copy
 import inspect
 import random
 
-import diffusers
 import pytest
+
+pytest.importorskip("diffusers", reason="pip install 'ddpm_fast[diffusers]'")
+pytest.importorskip("safetensors", reason="pip install safetensors")
+
+import diffusers
 import safetensors.torch
 import torch
 from rms_configs import OPTIONS, SMALL, config_of, inputs_of

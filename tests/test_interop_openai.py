@@ -5,6 +5,9 @@ import copy
 import pickle
 
 import pytest
+
+pytest.importorskip("safetensors", reason="pip install safetensors")
+
 import safetensors.torch
 import torch
 from openai_unet import CONFIGS, OpenAIUNet, authority, flags_of, inputs_of

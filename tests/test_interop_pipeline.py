@@ -9,9 +9,13 @@ import json
 import pickle
 from collections.abc import Iterator
 
+import pytest
+
+pytest.importorskip("diffusers", reason="pip install 'ddpm_fast[diffusers]'")
+pytest.importorskip("sklearn", reason="pip install 'ddpm_fast[demo]'")
+
 import diffusers
 import numpy as np
-import pytest
 import torch
 import torch.nn.functional as F
 from sklearn.datasets import load_digits

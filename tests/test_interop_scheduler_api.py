@@ -5,8 +5,11 @@ import inspect
 import json
 import pickle
 
-import diffusers
 import pytest
+
+pytest.importorskip("diffusers", reason="pip install 'ddpm_fast[diffusers]'")
+
+import diffusers
 import torch
 from scheduler_pairs import PAIRS, close, images, pair
 

@@ -3,6 +3,9 @@
 import itertools
 
 import pytest
+
+pytest.importorskip("diffusers", reason="pip install 'ddpm_fast[diffusers]'")
+
 import torch
 from diffusers.schedulers import scheduling_ddpm
 from scheduler_pairs import PAIRS, UNIT, close, images, in_float64, pair

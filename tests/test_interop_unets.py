@@ -4,8 +4,12 @@ import inspect
 import json
 import sys
 
-import diffusers
 import pytest
+
+pytest.importorskip("diffusers", reason="pip install 'ddpm_fast[diffusers]'")
+pytest.importorskip("safetensors", reason="pip install safetensors")
+
+import diffusers
 import safetensors.torch
 import torch
 from unet_configs import OPTIONS, SMALL, config_of, inputs_of

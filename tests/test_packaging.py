@@ -10,8 +10,11 @@ import tarfile
 import zipfile
 from pathlib import Path
 
-import pybind11
 import pytest
+
+pytest.importorskip("pybind11", reason="pip install pybind11")
+
+import pybind11
 
 ROOT = Path(__file__).parent.parent
 NVCC = shutil.which("nvcc")

@@ -5,19 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from support import DTYPES, MEMORY, TOLERANCES, assert_same, rand, reference, to
+from support import CLOSE, CLOSE_SUMS, DTYPES, MEMORY, assert_same, rand, reference, to
 
 from ddpm_fast import ops
 from ddpm_fast.backends import native_rms_norm
 
 IMAGE = (2, 6, 6, 6)
 NAMES = ("h", "weight", "scale", "shift", "residual")
-
-# The squares are summed in another order, and the factor sqrt(C) / |h| is rounded: a few ulp for every channel of a
-# place alike. Half-width results are rounded once on either side.
-CLOSE = {**TOLERANCES, torch.float32: {"rtol": 4e-6, "atol": 4e-6}}
-# Sums of up to a thousand such values per channel, in float32 or better.
-CLOSE_SUMS = {**TOLERANCES, torch.float32: {"rtol": 1e-5, "atol": 3e-5}}
 
 # Odd sizes, one place, one channel, one element, vectors, volumes, more channels than a sum takes at once, more places
 # than a tile has, many parts, 3 and 1023 elements, nothing.

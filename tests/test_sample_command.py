@@ -2,8 +2,12 @@
 
 import json
 
-import numpy as np
 import pytest
+
+pytest.importorskip("safetensors", reason="pip install safetensors")
+pytest.importorskip("PIL", reason="pip install 'ddpm_fast[images]'")
+
+import numpy as np
 import torch
 from PIL import Image, ImageSequence
 from safetensors.torch import load_file

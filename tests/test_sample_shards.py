@@ -9,8 +9,11 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
+
+pytest.importorskip("PIL", reason="pip install 'ddpm_fast[images]'")
+
+import numpy as np
 import torch
 from PIL import Image
 from sample_runs import command, expected, network, pngs, saved

@@ -6,8 +6,11 @@ import errno
 import io
 import signal
 
-import numpy as np
 import pytest
+
+pytest.importorskip("PIL", reason="pip install 'ddpm_fast[images]'")
+
+import numpy as np
 import torch
 from PIL import Image
 

@@ -6,6 +6,9 @@ import io
 import types
 
 import pytest
+
+pytest.importorskip("PIL", reason="pip install 'ddpm_fast[images]'")
+
 import torch
 from PIL import Image
 

@@ -1,4 +1,5 @@
-"""The Triton kernels as a plan uses them: whole networks layer by layer in the interpreter, and the choice of tiles."""
+"""The Triton kernels as a plan uses them: whole networks layer by layer, in the interpreter or on the GPU where there
+is one, and the choice of tiles."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ import functools
 import pytest
 import torch
 from inference_models import products_of
-from torch import nn
+from plan_networks import ddpm_unet, rms_unet, unet
 
 pytest.importorskip("triton", reason="Triton is not installed; pip install 'ddpm_fast[triton]'")
 
@@ -31,29 +32,15 @@ from ddpm_fast.inference.network import (
     Up,
 )
 from ddpm_fast.inference.plan import frame_for, places
-from ddpm_fast.nn import DDPMUNet, RMSNormUNet, UNet, rms_blocks
-
-interpreted = pytest.mark.skipif(not launch.INTERPRETED, reason="kernels are compiled here: there is a GPU")
+from ddpm_fast.nn import DDPMUNet, UNet
 
 H100, A100 = (132, 90), (108, 80)
-SMALL = (4, 90)  # with so few processors programs are large, which suits the interpreter
 CPU = torch.device("cpu")
+DEVICE = CPU if launch.INTERPRETED else torch.device("cuda", torch.cuda.current_device())
+# With few processors programs are large, which suits the interpreter.
+HERE = (4, 90) if launch.INTERPRETED else gpu.processors(DEVICE)
 
 
-def unet(**sizes) -> UNet:
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        net = UNet(**{"width": 16, "depth": 2, "time_dim": 32, **sizes}).eval()
-        for part in net.modules():
-            if isinstance(part, nn.BatchNorm2d):
-                part.running_mean.normal_(0, 0.2)
-                part.running_var.uniform_(0.5, 1.5)
-                nn.init.uniform_(part.weight, 0.5, 1.5)
-                nn.init.normal_(part.bias, 0, 0.2)
-    return net
-
-
-@interpreted
 @pytest.mark.parametrize(
     ("size", "sizes", "n", "dtype"),
     [
@@ -65,43 +52,26 @@ def unet(**sizes) -> UNet:
 @torch.no_grad()
 def test_a_network_of_these_layers_computes_the_model(size, sizes, n, dtype):
     """Every layer alone against float32, then all of them in a row against the model in float64."""
-    model = unet(**sizes)
+    model = unet(**sizes).to(DEVICE)
     network = read(model)
-    spots = places(network, n, size, size, dtype, CPU, Packs())
-    frame = frame_for(network, n, size, size, CPU)
+    spots = places(network, n, size, size, dtype, DEVICE, Packs())
+    frame = frame_for(network, n, size, size, DEVICE)
     if network.time.null_label is not None:
-        frame.label_rows = torch.arange(n) % (network.time.null_label + 1)
-    images = torch.arange(n)
+        frame.label_rows = torch.arange(n, device=DEVICE) % (network.time.null_label + 1)
+    images = torch.arange(n, device=DEVICE)
     kinds = set()
     for layer, place in zip(network.layers, spots, strict=True):
-        listed = gpu_layers.listed(layer, n, place.h, place.w, dtype, *SMALL)
+        listed = gpu_layers.listed(layer, n, place.h, place.w, dtype, *HERE)
         kinds |= {getattr(candidate, "kind", "output") for candidate in listed}
         assert len({candidate.name for candidate in listed}) == len(listed)
         bound = listed[0].prepare(layer, place)
         expected = exact(layer, place, frame, images)
         assert error(layer, place, frame, bound, expected, images) < BOUNDS[dtype], (layer.name, listed[0].name)
     assert kinds >= {"first", "conv", "up", "output"} | ({"window", "point"} if size == 4 else set())
-    t = torch.linspace(0, 999, n).round()
+    t = torch.linspace(0, 999, n, device=DEVICE).round()
     labels = () if frame.label_rows is None else (frame.label_rows,)
     m = model.double()(frame.x.double(), t, *labels)
     assert (frame.out.double() - m).norm() / m.norm() < 3 * BOUNDS[dtype]
-
-
-def ddpm_unet(**options) -> DDPMUNet:
-    """The paper's network, small, with norms that scale and shift and weights with which every layer shows."""
-    blocks = {"down_block_types": ("DownBlock2D", "AttnDownBlock2D"), "up_block_types": ("AttnUpBlock2D", "UpBlock2D")}
-    sizes = {"sample_size": 8, "block_out_channels": (16, 32), "layers_per_block": 1, "norm_num_groups": 4}
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        net = DDPMUNet(**{**blocks, **sizes, **options}).eval()
-        for part in net.modules():
-            if isinstance(part, nn.GroupNorm):
-                nn.init.uniform_(part.weight, 0.5, 1.5)
-                nn.init.normal_(part.bias, std=0.2)
-            if isinstance(part, (nn.Conv2d, nn.Linear)):
-                nn.init.normal_(part.weight, std=part.weight[0].numel() ** -0.5)
-                nn.init.normal_(part.bias, std=0.1)
-    return net
 
 
 def left_to_the_library(layer: Layer) -> bool:
@@ -113,29 +83,28 @@ def left_to_the_library(layer: Layer) -> bool:
 def run_by_layers(model, network, size, n, dtype) -> tuple[set, set]:
     """Every layer alone against float32, then all of them in a row against the model in float64: the library's where
     there is no kernel. The kinds of implementations, and of layers with a residual."""
-    spots = places(network, n, size, size, dtype, CPU, Packs())
-    frame = frame_for(network, n, size, size, CPU)
+    spots = places(network, n, size, size, dtype, DEVICE, Packs())
+    frame = frame_for(network, n, size, size, DEVICE)
     labels = () if frame.label_rows is None else (frame.label_rows,)
-    images = torch.arange(n)
+    images = torch.arange(n, device=DEVICE)
     kinds, residuals = set(), set()
     for layer, place in zip(network.layers, spots, strict=True):
-        listed = gpu_layers.listed(layer, n, place.h, place.w, dtype, *SMALL)
+        listed = gpu_layers.listed(layer, n, place.h, place.w, dtype, *HERE)
         assert bool(listed) != left_to_the_library(layer), layer.name
         assert len({candidate.name for candidate in listed}) == len(listed)
-        candidate = (listed or library.candidates(layer, n, place.h, place.w, dtype, CPU))[0]
+        candidate = (listed or library.candidates(layer, n, place.h, place.w, dtype, DEVICE))[0]
         kinds.add(getattr(candidate, "kind", "library" if not listed else type(layer)))
         if place.residual is not None:
             residuals.add(type(layer))
         bound = candidate.prepare(layer, place)
         expected = exact(layer, place, frame, images)
         assert error(layer, place, frame, bound, expected, images) < BOUNDS[dtype], (layer.name, candidate.name)
-    t = torch.linspace(0, 999, n).round()
+    t = torch.linspace(0, 999, n, device=DEVICE).round()
     m = model.double()(frame.x.double(), t, *labels)
     assert (frame.out.double() - m).norm() / m.norm() < 3 * BOUNDS[dtype]
     return kinds, residuals
 
 
-@interpreted
 @pytest.mark.parametrize(
     ("size", "options", "n", "dtype"),
     [
@@ -147,27 +116,13 @@ def run_by_layers(model, network, size, n, dtype) -> tuple[set, set]:
 @torch.no_grad()
 def test_the_paper_s_network_of_these_layers_and_the_library_s_computes_the_model(size, options, n, dtype):
     """As above, with the library's attentions and convolutions of stride 2 in between."""
-    model = ddpm_unet(**options)
+    model = ddpm_unet(**options).to(DEVICE)
     kinds, residuals = run_by_layers(model, read(model), size, n, dtype)
     assert kinds >= {"first", "linear", "doubled", Norm, Output, "library"}
     assert kinds >= ({"window", "point"} if size == 2 else {"conv"})
     assert residuals == {Conv, Linear}
 
 
-def rms_unet(**options) -> RMSNormUNet:
-    """lucidrains' network, small, with weights with which every layer shows."""
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        net = RMSNormUNet(**{"dim": 16, "dim_mults": (1, 2), "attn_heads": 2, "attn_dim_head": 16, **options}).eval()
-        for part in net.modules():
-            if isinstance(part, rms_blocks.RMSNorm):
-                nn.init.uniform_(part.g, 0.5, 1.5)
-            if isinstance(part, (nn.Conv2d, nn.Linear)):
-                nn.init.normal_(part.weight, std=part.weight[0].numel() ** -0.5)
-    return net
-
-
-@interpreted
 @pytest.mark.parametrize(
     ("size", "options", "n", "dtype"),
     [
@@ -178,25 +133,24 @@ def rms_unet(**options) -> RMSNormUNet:
 @torch.no_grad()
 def test_lucidrains_network_of_these_layers_and_the_library_s_computes_the_model(size, options, n, dtype):
     """The library's are the stem, the attentions and the convolutions of stride 2."""
-    model = rms_unet(**options)
+    model = rms_unet(**options).to(DEVICE)
     kinds, residuals = run_by_layers(model, read(model), size, n, dtype)
     assert kinds >= {"conv", "linear", RMSNorm, Output, "library"}
     assert residuals >= {Linear, RMSNorm}
 
 
-@interpreted
 @torch.no_grad()
 def test_new_weights_are_seen_by_what_is_bound_already():
-    network = read(unet())
+    network = read(unet().to(DEVICE))
     packs = Packs()
-    layer, place = network.layers[1], places(network, 1, 8, 8, torch.float32, CPU, packs)[1]
-    frame = frame_for(network, 1, 8, 8, CPU)
-    bound = gpu_layers.listed(layer, 1, 8, 8, torch.float32, *H100)[0].prepare(layer, place)
-    place.source.normal_(generator=torch.Generator().manual_seed(0))
+    layer, place = network.layers[1], places(network, 1, 8, 8, torch.float32, DEVICE, packs)[1]
+    frame = frame_for(network, 1, 8, 8, DEVICE)
+    bound = gpu_layers.listed(layer, 1, 8, 8, torch.float32, *HERE)[0].prepare(layer, place)
+    place.source.copy_(torch.randn(place.source.shape, generator=torch.Generator().manual_seed(0)))
     layer.weight.mul_(-2.0)
     layer.bias.add_(1.0)
     packs.refresh()
-    images = torch.arange(1)
+    images = torch.arange(1, device=DEVICE)
     assert error(layer, place, frame, bound, exact(layer, place, frame, images), images) < BOUNDS[torch.float32]
 
 

@@ -3,8 +3,11 @@
 import builtins
 import sys
 
-import numpy as np
 import pytest
+
+pytest.importorskip("PIL", reason="pip install 'ddpm_fast[images]'")
+
+import numpy as np
 import torch
 from PIL import Image
 

@@ -25,14 +25,19 @@ class Clock:
     def __init__(self, device: torch.device) -> None:
         self.device = device
 
+    @property
+    def on_gpu(self) -> bool:
+        """Whether there are events, graphs and a queue of launches."""
+        return self.device.type == "cuda"
+
     def wait(self) -> None:
         """Until the device has done everything."""
-        if self.device.type == "cuda":
+        if self.on_gpu:
             torch.cuda.synchronize(self.device)
 
     def seconds(self, run: Run, calls: int = 1) -> float:
         """Of one call, out of so many one after the other. `run` only queues work; it must not wait for it."""
-        if self.device.type != "cuda":
+        if not self.on_gpu:
             start = time.perf_counter()
             for _ in range(calls):
                 run()
@@ -44,7 +49,7 @@ class Clock:
             run()
         after.record()
         after.synchronize()
-        return before.elapsed_time(after) / 1e3 / calls
+        return float(before.elapsed_time(after)) / 1e3 / calls
 
     def host_seconds(self, run: Run, calls: int = MOST_CALLS) -> float:
         """What a call costs the host, which does not wait for the device."""

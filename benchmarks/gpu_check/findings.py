@@ -1,6 +1,6 @@
-"""The JSON file that a module of this package leaves: written again after every part, so a cut-off run keeps its figures.
+"""The JSON file that a module of this package leaves, written again after every part: a run cut off keeps its figures.
 
-    {"stage": ..., "machine": {...}, "rehearsal": false, "ok": true, "failures": [], "not_done": [], ...its figures}
+{"stage": ..., "machine": {...}, "rehearsal": false, "ok": true, "failures": [], "not_done": [], ...its figures}
 """
 
 from __future__ import annotations
@@ -39,6 +39,10 @@ class Findings:
         """Figures, or a list that an earlier call gave and that has grown; the file has them at once."""
         self.figures |= figures
         self.write()
+
+    def say(self, *lines: str) -> None:
+        """Lines of a table, at once: a run that is cut off has shown what it had."""
+        print("\n".join(lines), flush=True)
 
     def fail(self, line: str) -> None:
         """A check that did not hold, in one line."""
@@ -114,7 +118,10 @@ def parser(stage: str, description: str | None) -> argparse.ArgumentParser:
 
 
 def run(stage: str, options: argparse.Namespace, work: Callable[[Findings], list[str]]) -> int:
-    """Measure, write, print the table that `work` returns; the exit code: 0, 1 where a check failed, 2 without a GPU."""
+    """Measure, write, print; the exit code: 0, 1 where a check failed, 2 without a GPU.
+
+    work: says its tables as they come, and returns the lines that are to stand last.
+    """
     if not options.rehearse and not torch.cuda.is_available():
         print(
             f"gpu_check.{stage}: error: torch {torch.__version__} finds no NVIDIA GPU here; "
@@ -126,7 +133,7 @@ def run(stage: str, options: argparse.Namespace, work: Callable[[Findings], list
     device = torch.device("cpu") if options.rehearse else torch.device("cuda", torch.cuda.current_device())
     findings = Findings(stage, options.out, device, rehearsal=options.rehearse, minutes=options.minutes)
     findings.write()
-    table = work(findings)
+    last = work(findings)
     findings.write()
-    print("\n".join([*table, "", *findings.ending()]), flush=True)
+    findings.say("", *last, *findings.ending())
     return 1 if findings.failures else 0

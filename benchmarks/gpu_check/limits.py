@@ -16,16 +16,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from timing import Timing
 from torch import Tensor
 
-import ddpm_fast
-from ddpm_fast import ops
-from ddpm_fast.backends import unavailable_reason
-from ddpm_fast.noise import make_rng
-
-from .clock import MOST_CALLS, Clock, in_turn, interleaved, setting
+from .clock import MOST_CALLS, Clock, interleaved, setting
 from .findings import Findings, parser, run
+from .launch_costs import launches
 
 MIB = 2**20
 ASKED = (
@@ -37,9 +32,6 @@ FLOATS = {"bfloat16": torch.bfloat16, "float16": torch.float16, "tf32": torch.fl
 ERRORS = {"bfloat16": 1e-2, "float16": 2e-3, "tf32": 2e-3, "float32": 1e-5}
 """Relative to a float64 product: above, the rate would be that of a wrong result."""
 CHECKED_ROWS = 4
-NODES = 1000  # of the graph that tells what a node costs
-GROUP = 10  # nodes of the graph that is compared with one of a single node
-REPLAYS = 200
 
 
 def card(device: torch.device) -> dict[str, Any]:
@@ -58,8 +50,8 @@ def clocks(device: torch.device) -> dict[str, str]:
     tool = shutil.which("nvidia-smi")
     if tool is None:
         return {}
-    uuid = getattr(torch.cuda.get_device_properties(device), "uuid", None)
-    which = () if uuid is None else ("-i", f"GPU-{uuid}")
+    uuid = str(getattr(torch.cuda.get_device_properties(device), "uuid", ""))
+    which = ("-i", uuid if uuid.startswith(("GPU-", "MIG-")) else f"GPU-{uuid}") if uuid else ()
 
     def ask(fields: tuple[str, ...]) -> dict[str, str]:
         command = [tool, f"--query-gpu={','.join(fields)}", "--format=csv,noheader", *which]
@@ -131,88 +123,16 @@ def products(clock: Clock, edge: int) -> list[dict[str, Any]]:
 
 
 def convolution(clock: Clock, n: int, channels: int, side: int) -> dict[str, Any]:
-    """FLOP/s of a 3x3 convolution in bfloat16, channels_last: the library's fastest algorithm at a size that suits it."""
+    """FLOP/s of a large 3x3 convolution in bfloat16, channels_last, by the library's fastest algorithm."""
     x = torch.randn(n, channels, side, side, device=clock.device).to(torch.bfloat16, memory_format=torch.channels_last)
     weight = torch.randn(channels, channels, 3, 3, device=clock.device) / (3 * channels**0.5)
     weight = weight.to(torch.bfloat16, memory_format=torch.channels_last)
     with setting(torch.backends.cudnn, "benchmark", True):
-        timing = interleaved(
-            clock, {"conv": lambda: torch.nn.functional.conv2d(x, weight, padding=1)}, turn=2e-2
-        )["conv"]
+        timing = interleaved(clock, {"conv": lambda: torch.nn.functional.conv2d(x, weight, padding=1)}, turn=2e-2)[
+            "conv"
+        ]
     flop = 2.0 * n * side * side * 9 * channels * channels
     return {"shape": [n, channels, side, side], "flop_per_second": flop / timing.median, "seconds": vars(timing)}
-
-
-def small_works(device: torch.device) -> tuple[dict[str, Callable[[], object]], list[str]]:
-    """Launches of one small kernel each, by name, and what has none here: torch's, and `ddpm_step` of one 3x32x32
-    image on both backends."""
-    one, some = torch.zeros(1, device=device), torch.zeros(2**14, device=device)
-    works: dict[str, Callable[[], object]] = {
-        "torch, 1 element": lambda: one.add_(1.0),
-        "torch, 16384 elements": lambda: some.add_(1.0),  # reads what the one before wrote
-    }
-    missing = []
-    x, m = torch.randn(1, 3, 32, 32, device=device), torch.randn(1, 3, 32, 32, device=device)
-    table = torch.tensor([[1.2, 0.7, 0.6, 0.38, 0.0, 0.0, 0.2, 1.0]], device=device)
-    t_of_row = torch.tensor([500], dtype=torch.int32, device=device)
-    row, rng = torch.zeros(1, dtype=torch.int64, device=device), make_rng(1, 0, device)
-    for backend in ("native", "triton"):
-        why = unavailable_reason(backend, device)
-        if why is not None:
-            missing.append(f"launches of {backend}: {why}")
-            continue
-
-        def step(backend: str = backend) -> None:
-            with ddpm_fast.use_backend(backend):
-                ops.ddpm_step(x, m, table, t_of_row, row, rng)
-
-        works[f"ddpm_step {backend}, 1 image"] = step
-    return works, missing
-
-
-def host_costs(clock: Clock, works: dict[str, Callable[[], object]], calls: int) -> dict[str, Timing]:
-    """Seconds that a call from Python takes the host."""
-    return in_turn({name: functools.partial(clock.host_seconds, work, calls) for name, work in works.items()}, 9)
-
-
-def captured(work: Callable[[], object], times: int) -> torch.cuda.CUDAGraph:
-    """A CUDA graph of so many calls in a row; the device has run it twice."""
-    work()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(times):
-            work()
-    for _ in range(2):
-        graph.replay()
-    torch.cuda.synchronize()
-    return graph
-
-
-def graph_costs(clock: Clock, works: dict[str, Callable[[], object]]) -> dict[str, Any]:
-    """Seconds of a node in a chain of NODES; between two replays of a graph of one node; of the host for a replay."""
-    nodes: dict[str, Timing] = {}
-    gaps: dict[str, float] = {}
-    host: dict[str, Timing] = {}
-    for name, work in works.items():
-        chain, single, group = (captured(work, times) for times in (NODES, 1, GROUP))
-        times = in_turn(
-            {
-                "chain": lambda chain=chain: clock.seconds(chain.replay, 3) / NODES,
-                "single": lambda single=single: clock.seconds(single.replay, REPLAYS),
-                "group": lambda group=group: clock.seconds(group.replay, REPLAYS),
-                "host": lambda single=single: clock.host_seconds(single.replay, REPLAYS),
-            },
-            9,
-        )
-        nodes[name], host[name] = times["chain"], times["host"]
-        gaps[name] = times["single"].median - times["chain"].median
-        gaps[f"{name}, graph of {GROUP}"] = times["group"].median - GROUP * times["chain"].median
-    return {
-        "node_seconds": {name: vars(timing) for name, timing in nodes.items()},
-        "gap_seconds": gaps,
-        "replay_host_seconds": {name: vars(timing) for name, timing in host.items()},
-    }
 
 
 def under_load(clock: Clock, edge: int) -> dict[str, str]:
@@ -230,15 +150,14 @@ def under_load(clock: Clock, edge: int) -> dict[str, str]:
 
 
 def measure(findings: Findings) -> list[str]:
-    """Everything, the ceilings first; the table."""
+    """Everything, the ceilings first."""
     device, small = findings.device, findings.rehearsal
-    clock, on_gpu = Clock(device), device.type == "cuda"
-    lines: list[str] = []
-    if on_gpu:
+    clock = Clock(device)
+    if clock.on_gpu:
         found = findings.attempt("the card", card, device)
         findings.add(card=found, clocks_at_rest=findings.attempt("clocks", clocks, device) or {})
         if found:
-            lines.append(
+            findings.say(
                 f"{found['name']}: {found['multi_processor_count']} multiprocessors, "
                 f"L2 {(found['L2_cache_size'] or 0) / MIB:.0f} MiB, {found['total_memory'] / 2**30:.0f} GiB"
             )
@@ -254,53 +173,31 @@ def measure(findings: Findings) -> list[str]:
     if large:
         findings.add(copy_bytes_per_second=max(max(r["copy"], r["copy by a kernel"]) for r in large))
         findings.add(read_bytes_per_second=max(max(r["read, sum"], r["read, matrix x vector"]) for r in large))
-    lines += [f"{'buffer':<12}{'what':<26}{'GB/s':>9}"]
+    findings.say(f"{'buffer':<12}{'what':<26}{'GB/s':>9}")
     for row in rows:
-        lines += [f"{row['bytes'] / MIB:>6g} MiB  {n:<26}{r / 1e9:>9.1f}" for n, r in row["bytes_per_second"].items()]
+        findings.say(
+            *[f"{row['bytes'] / MIB:>6g} MiB  {n:<26}{r / 1e9:>9.1f}" for n, r in row["bytes_per_second"].items()]
+        )
 
     if (made := findings.attempt("matrix products", products, clock, 128 if small else 8192)) is not None:
         findings.add(products=made, product_flop_per_second={row["type"]: row["flop_per_second"] for row in made})
         for row in made:
-            lines.append(f"product {row['edge']}^3, {row['type']:<10}{row['flop_per_second'] / 1e12:>9.2f} TFLOP/s")
+            findings.say(f"product {row['edge']}^3, {row['type']:<10}{row['flop_per_second'] / 1e12:>9.2f} TFLOP/s")
             if not row["error"] <= ERRORS[row["type"]]:
                 findings.fail(f"a {row['type']} product has a relative error of {row['error']:.2g} against float64")
-    size = (2, 16, 8) if small else (512, 256, 32)
-    if (made := findings.attempt("a convolution", convolution, clock, *size)) is not None:
-        findings.add(convolution=made)
-        lines.append(f"3x3 convolution, bfloat16  {made['flop_per_second'] / 1e12:>9.2f} TFLOP/s of {made['shape']}")
+    shape = (2, 16, 8) if small else (512, 256, 32)
+    if (conv := findings.attempt("a convolution", convolution, clock, *shape)) is not None:
+        findings.add(convolution=conv)
+        findings.say(f"3x3 convolution, bfloat16  {conv['flop_per_second'] / 1e12:>9.2f} TFLOP/s of {conv['shape']}")
     with torch.inference_mode():  # as sampling does; a view less to keep account of
-        lines += launches(findings, clock)
-    if on_gpu:
-        findings.add(clocks_under_load=findings.attempt("clocks under load", under_load, clock, 8192) or {})
+        launches(findings, clock)
+    if clock.on_gpu:
+        told_then = findings.attempt("clocks under load", under_load, clock, 128 if small else 8192)
+        findings.add(clocks_under_load=told_then or {})
         for name in ("clocks_at_rest", "clocks_under_load"):
             told = ", ".join(f"{field} {value}" for field, value in findings.figures[name].items())
-            lines.append(f"{name.replace('_', ' ')}: {told or 'nvidia-smi could not be asked'}")
-    return lines
-
-
-def launches(findings: Findings, clock: Clock) -> list[str]:
-    """The costs of launching, and their lines."""
-    works, missing = small_works(clock.device)
-    for line in missing:
-        findings.leave_out(line)
-    for name, work in list(works.items()):
-        if findings.attempt(f"the first {name}", lambda work=work: (work(), clock.wait())) is None:
-            del works[name]
-    lines = [f"{'launch':<48}{'us':>9}"]
-    calls = 20 if findings.rehearsal else MOST_CALLS
-    if (host := findings.attempt("launches from Python", host_costs, clock, works, calls)) is not None:
-        findings.add(eager_host_seconds={name: vars(timing) for name, timing in host.items()})
-        lines += [f"{f'{n}: a call from Python':<48}{t.median * 1e6:>9.2f}" for n, t in host.items()]
-    if clock.device.type == "cuda":
-        if (found := findings.attempt("launches in a graph", graph_costs, clock, works)) is not None:
-            findings.add(graph=found)
-            for name, timing in found["node_seconds"].items():
-                lines.append(f"{f'{name}: a node of a graph':<48}{timing['median'] * 1e6:>9.2f}")
-            for name, seconds in found["gap_seconds"].items():
-                lines.append(f"{f'{name}: between two replays':<48}{seconds * 1e6:>9.2f}")
-            for name, timing in found["replay_host_seconds"].items():
-                lines.append(f"{f'{name}: a replay, for the host':<48}{timing['median'] * 1e6:>9.2f}")
-    return lines
+            findings.say(f"{name.replace('_', ' ')}: {told or 'nvidia-smi could not be asked'}")
+    return []
 
 
 def main(argv: list[str] | None = None) -> int:

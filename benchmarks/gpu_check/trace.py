@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import os
 import re
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -21,8 +22,8 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from ddpm_fast.sampling.run import Run
 
-MARK = "ddpm_fast steps"
-"""Stands around every call that launches steps."""
+MARK, DONE = "ddpm_fast steps", "ddpm_fast done"
+"""Stand around every call that launches steps, and around the time in which the device finishes the last of them."""
 
 WAITS = frozenset(
     {
@@ -88,24 +89,23 @@ def covered(spans: Sequence[tuple[float, float]]) -> float:
 
 
 def counted(events: Sequence[Event], steps: int) -> Steps:
-    """What the events say of so many steps, whose launches MARK stands around. ValueError where it stands nowhere."""
+    """What the events say of so many steps, run under `marked`. ValueError where its marks are missing."""
     marks = [event for event in events if event.name == MARK and not event.on_device]
-    if not marks:
-        raise ValueError(f"the profile has no {MARK!r}: no step was launched in it")
+    done = [event.end for event in events if event.name == DONE and not event.on_device]
+    if not marks or not done:
+        raise ValueError(f"the profile has no {MARK if done else DONE!r}: no whole run of steps was launched in it")
     begin, end = min(mark.start for mark in marks), max(mark.end for mark in marks)
     calls = Counter(
         plain_name(event.name)
         for event in events
         if not event.on_device and event.name.startswith("cu") and begin <= event.start <= end
     )
-    works = [event for event in events if event.on_device and event.name != MARK and event.name not in NO_WORK]
-    # What comes once a step or oftener is the steps' own; before it lies what loads a run, after it what checks one.
-    often = {name for name, count in Counter(work.name for work in works).items() if count >= steps}
-    own = [work for work in works if work.name in often]
-    if not own:
+    nothing = (MARK, DONE, *NO_WORK)
+    works = [event for event in events if event.on_device and event.name not in nothing]
+    inside = [work for work in works if begin <= work.start <= max(done)]
+    if not inside:
         return Steps(steps, len(marks), _waits(calls), dict(calls), 0, 0, [], 0.0, None, None)
-    first, last = min(work.start for work in own), max(work.end for work in own)
-    inside = [work for work in works if first <= work.start and work.end <= last]
+    first, last = min(work.start for work in inside), max(work.end for work in inside)
     spans: dict[str, list[float]] = {}
     for work in inside:
         spans.setdefault(work.name, []).append(work.end - work.start)
@@ -153,18 +153,31 @@ def problems(found: Steps, launches: int | None, on_gpu: bool) -> list[str]:
 
 @contextlib.contextmanager
 def marked(strict: bool = False) -> Iterator[None]:
-    """Puts MARK around every call of a sampler that launches steps.
+    """Puts MARK around every call of a sampler that launches steps, and waits before the first and, under DONE, after
+    the last, so that on the device too everything between the marks is theirs.
 
     strict: a PyTorch call within it that waits for the device raises RuntimeError.
     """
     launch = Run.advance
 
     def advance(self: Run, row: int, rows: int = 1) -> None:
+        if row == self.begin.start:
+            _settle(self.plan.device)
         with record_function(MARK), no_waiting() if strict else contextlib.nullcontext():
             launch(self, row, rows)
+        if row + rows == len(self.plan.steps):
+            with record_function(DONE):
+                _settle(self.plan.device)
 
     with mock.patch.object(Run, "advance", advance):
         yield
+
+
+def _settle(device: torch.device) -> None:
+    """Waits for the device, and a little more: its clock and the host's agree to some microseconds only."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    time.sleep(1e-3)
 
 
 @contextlib.contextmanager

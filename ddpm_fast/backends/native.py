@@ -47,7 +47,27 @@ def unavailable_reason(device: torch.device) -> str | None:
         return None
     if device.type != "cuda":
         return f"no compiled kernels for {device.type}; they exist for cpu and cuda"
-    return _cuda_reason()
+    return _cuda_reason() or _gpu_reason(device)
+
+
+def _gpu_reason(device: torch.device) -> str | None:
+    """Why there is no machine code for this GPU; None where there is."""
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA device; install a torch built for CUDA"
+    built = str(_C.build_info()["cuda_architectures"])
+    major, minor = torch.cuda.get_device_capability(device)
+    for architecture in built.split():
+        number, _, kind = architecture.partition("-")
+        if not number.isdecimal():  # "native" or "all"
+            return None
+        lowest = int(number)
+        # Machine code serves later GPUs of its generation; PTX, which "-real" leaves out, all later ones.
+        if 10 * major + minor >= lowest and (kind != "real" or lowest // 10 == major):
+            return None
+    return (
+        f"the extension was compiled for {built}, and this GPU has compute capability {major}.{minor}; reinstall with "
+        f"CMAKE_ARGS=-DCMAKE_CUDA_ARCHITECTURES={10 * major + minor} in the environment"
+    )
 
 
 @functools.cache

@@ -1,10 +1,12 @@
-"""Implementations on NVIDIA GPUs: the kernels in backends/triton/conv.py, norm.py, rms_norm.py and conv_output.py.
+"""Implementations on NVIDIA GPUs: the kernels in backends/triton/conv.py, epilogue.py, norm.py, rms_norm.py and
+conv_output.py.
 
     triton 128x64x64 split 2   convolution (3x3, 1x1, transposed) as implicit GEMM, by the tile of a program
     triton 16x64x64 split 8 joined   the same, the parts of the sum added by the last program of a tile
     triton doubled 128x64x64   3x3 of the image with doubled pixels: 16 products for four pixels in place of 36
     triton window 64x64x64     2x2 images, 4 in -> 4 out as one dense matrix: no products with padding
     triton point 16x64x64      1x1 images: the centre tap alone
+    conv2d, then triton        PyTorch's convolution, then bias, SiLU, embedding, residual and maximum in one pass
     triton 32 x 16 warps       GroupNorm, SiLU and modulation in one pass, by the channels of a program
     triton 32 pixels x 4 warps RMSNorm, modulation, SiLU and residual in one pass, by the pixels of a program
     triton                     the last layer in float32
@@ -15,14 +17,15 @@ listed, and the trial checks each one and takes the fastest of all.
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
 
 from ..backends import triton as backend
-from .candidate import Candidate, Place
+from .candidate import Candidate, Frame, Place
 from .network import Layer, Output
 
 Step = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None], None]
@@ -32,9 +35,23 @@ def candidates(layer: Layer, n: int, h: int, w: int, dtype: torch.dtype, device:
     """What can serve this layer on this device, most promising first; nothing where Triton has no GPU to run on."""
     if device.type != "cuda" or backend.unavailable_reason(device) is not None:
         return []
-    from .gpu_layers import listed
+    from . import gpu_layers, gpu_library
 
-    return listed(layer, n, h, w, dtype, *processors(device))
+    found = gpu_layers.listed(layer, n, h, w, dtype, *processors(device))
+    return [*found, *gpu_library.listed(layer, n, h, w)]
+
+
+def compile_ahead(work: Iterable[tuple[Candidate, Layer, Place]], frame: Frame) -> None:
+    """Compiles the kernels of all these at once. One by one, when each is first run, a plan takes a minute to make.
+
+    What cannot serve is passed over: the trial will say so.
+    """
+    from ..backends.triton.launch import compiling_ahead
+
+    with compiling_ahead() as can:
+        for candidate, layer, place in work if can else ():
+            with contextlib.suppress(RuntimeError, ValueError, NotImplementedError):
+                candidate.prepare(layer, place)(frame)
 
 
 @functools.cache

@@ -25,6 +25,7 @@ ROUNDS = 5  # timings per candidate that is still in
 SECONDS, AT_LEAST = 1.2, 3  # for all rounds, but every candidate still in is timed so often whatever it takes
 HOPELESS, SLOWER = 2.0, 1.5  # times the best run: out before the rounds, out after two of them
 SECOND_CHANCES = 2  # runs before something is found hopeless
+GPU_ENTRIES = 3  # first runs of each on a GPU, in turn: while kernels were compiled its clock may have slowed down
 CLOSE = 1.05  # within this of the fastest, what is listed first is taken, so that noise decides less
 APART = 1.15  # ours join up with their neighbours into one call, and wake no second set of threads: worth this much
 
@@ -120,7 +121,10 @@ class Alike:
     def enter(self, served: list[tuple[Candidate, Bound]], timer: Timer, frame: Frame) -> None:
         """All that serve the first such layer, timed once or a few times; the hopeless leave at once."""
         self.entered = [candidate for candidate, _ in served]
-        self.contenders = [Contender(candidate, timer([bound], frame)) for candidate, bound in served]
+        self.contenders = [Contender(candidate) for candidate, _ in served]
+        for _ in range(GPU_ENTRIES if timer is timed_on_gpu else 1):
+            for contender, (_, bound) in zip(self.contenders, served, strict=True):
+                contender.seconds += timer([bound], frame)
         for _ in range(SECOND_CHANCES):
             limit = HOPELESS * min(contender.best for contender in self.contenders)
             for contender, (_, bound) in zip(self.contenders, served, strict=True):

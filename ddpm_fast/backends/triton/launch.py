@@ -1,10 +1,13 @@
 """The one place where Triton kernels are launched, and the choice of grid and block sizes."""
 
+import contextlib
 import math
 import os
 import struct
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -57,12 +60,38 @@ def int32(value: int) -> int:
     return value - 2**32 if value >= 2**31 else value
 
 
+_ahead: ContextVar[bool] = ContextVar("ddpm_fast_compiling_ahead", default=False)
+
+
 def call_kernel(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], options: dict[str, Any]) -> None:
     """Run a kernel; ``aot.recorded`` puts itself here to see what would run."""
-    kernel[grid](*args, **options)
+    if _ahead.get():
+        kernel.warmup(*args, grid=grid, **options)
+    else:
+        kernel[grid](*args, **options)
 
 
 _call: Callable[..., None] = call_kernel
+
+
+@contextlib.contextmanager
+def compiling_ahead() -> Iterator[bool]:
+    """Inside, launches by this thread run nothing; what they would run is compiled, on all processors, until the end.
+
+    Yields False, and launches are launches, where Triton cannot do that. Kernels that cannot be compiled raise when
+    they are launched.
+    """
+    mode = None if INTERPRETED else getattr(triton, "AsyncCompileMode", None)
+    if mode is None:
+        yield False
+        return
+    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with ThreadPoolExecutor(processors) as threads, mode(threads, ignore_errors=True):
+        before = _ahead.set(True)
+        try:
+            yield True
+        finally:
+            _ahead.reset(before)
 
 
 def launch(kernel: Any, grid: tuple[int, ...], on: Tensor, *args: Any, **constants: Any) -> None:

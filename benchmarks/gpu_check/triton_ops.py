@@ -1,21 +1,20 @@
-"""Compiles the Triton kernels for GPUs that are not there and prints what is in them as JSON, for test_triton_aot.py.
-
-A process of its own, because kernels decorated under TRITON_INTERPRET=1 cannot be compiled.
-"""
+"""The launches of the Triton ops that are compiled and read: every kernel for every dtype and architecture, then other
+formats and options once."""
 
 from __future__ import annotations
 
-import collections
 import functools
-import json
-import re
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
-import aot_sass
 import torch
 from torch import Tensor
+
+from ddpm_fast.backends import triton as ops
+from ddpm_fast.backends.triton import aot
+
+from .triton_jobs import Job
 
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 IMAGES = (256, 3, 32, 32)
@@ -35,7 +34,8 @@ STREAM = 2**31
 
 @dataclass
 class Case:
-    """One launch to compile; wide_loads, wide_stores: bytes per element of each array that goes 128 bits at a time."""
+    """One launch to compile; wide_loads, wide_stores: bytes per element of each array that goes 128 bits at a time;
+    narrow: of the others."""
 
     name: str
     call: Callable[[], object]
@@ -43,12 +43,11 @@ class Case:
     capability: int
     wide_loads: list[int] = field(default_factory=list)
     wide_stores: list[int] = field(default_factory=list)
+    narrow: list[int] = field(default_factory=list)
     launch: int = -1  # which one of the call; before the last, offset noise launches the normal kernel, for example
 
 
 def cases() -> Iterator[Case]:
-    from ddpm_fast.backends import triton as ops
-
     def step(
         dtype: torch.dtype,
         noise: bool = True,
@@ -176,11 +175,11 @@ def cases() -> Iterator[Case]:
                 [size],
             )
             # Half-width m goes 64 bits at a time beside the float32 state: see ddpm_step.py.
-            state = [4, 4] if size == 4 else [4]
-            yield Case("ddpm_step", lambda d=dtype: step(d), *both, state, [4])
+            state, narrow = ([4, 4], []) if size == 4 else ([4], [size])
+            yield Case("ddpm_step", lambda d=dtype: step(d), *both, state, [4], narrow)
             yield Case("noise_mse", lambda d=dtype: mse(d), *both, [size], [])
             if capability == 90:
-                yield Case("ddpm_step_no_noise", lambda d=dtype: step(d, noise=False), *both, state, [4])
+                yield Case("ddpm_step_no_noise", lambda d=dtype: step(d, noise=False), *both, state, [4], narrow)
                 yield Case("noise_mse_backward", lambda d=dtype: mse(d, g=meta(IMAGES[0])), *both, [size], [size])
             for act in ("none", "silu") if capability == 90 else ("silu",):
                 yield Case(f"add_bias_temb_{act}", lambda d=dtype, a=act: add(d, a), *both, [size], [size])
@@ -285,63 +284,14 @@ def cases() -> Iterator[Case]:
         yield Case(f"{name}_sums_of_parts", call, "mixed", 90, launch=0)
 
 
-INEXACT = (r"\.f64", r"\bfma\.", r"div\.full", r"\.approx", r"\.ftz")
-# which thread has which element in an access of float32 images
-ACCESS = re.compile(r"tt\.(?:load|store) .*tensor<\d+x\d+x!tt\.ptr<f32>, (#\w+)>")
-
-
-def compiled(case: Case, fp_fusion: bool = False) -> tuple[Any, Any]:
-    """The launch of a case as it was recorded, and what Triton makes of it."""
-    from ddpm_fast.backends.triton import aot
-
+def job(case: Case) -> Job:
+    """The launch of a case as it is recorded."""
     with aot.recorded() as launches:
         case.call()
-    launch = launches[case.launch]
-    return launch, launch.compile(case.capability, enable_fp_fusion=fp_fusion)
+    promised = (case.wide_loads, case.wide_stores, case.narrow)
+    return Job("ops", case.name, case.dtype, case.capability, launches[case.launch], *promised)
 
 
-def inexact(ptx: str) -> dict[str, int]:
-    return {word: len(re.findall(word, ptx)) for word in INEXACT}
-
-
-def inspect(case: Case, launch: Any, made: Any, counts: collections.Counter[str]) -> dict[str, object]:
-    """Everything that the tests assert on, for one case."""
-    registers, stack = aot_sass.resources(made.asm["cubin"])
-    constants = launch.constants
-    if "BLOCK_Q" in constants:
-        elements = 4 * constants["BLOCK_N"] * constants["BLOCK_Q"]
-    elif "BLOCK_W" in constants:
-        elements = constants["BLOCK_R"] * constants["BLOCK_W"]
-    else:
-        elements = constants.get("BLOCK_G", 1) * constants["BLOCK_C"] * constants["BLOCK_P"]
-    per_thread = max(1, elements // (32 * launch.options["num_warps"]))
-    facts = asdict(Case(case.name, str, case.dtype, case.capability, case.wide_loads, case.wide_stores))
-    facts.pop("call")
-    return facts | {
-        "kernel": launch.kernel.fn.__name__,
-        "blocks": [constants.get("BLOCK_N"), constants.get("BLOCK_Q")],
-        "elements": per_thread,
-        "instructions": sum(counts.values()) / per_thread,
-        "registers": registers,
-        "stack": stack,
-        "local": sum(n for name, n in counts.items() if name.startswith(("LDL", "STL"))),
-        "memory": {name: n for name, n in counts.items() if name.startswith(("LDG", "STG"))},
-        "layouts": sorted(set(ACCESS.findall(made.asm["ttgir"]))),
-        "ptx": inexact(made.asm["ptx"]),
-    }
-
-
-def main() -> None:
-    found = list(cases())
-    launched = [compiled(case) for case in found]
-    counts = aot_sass.instructions(
-        [(c.capability, made.asm["cubin"]) for c, (_, made) in zip(found, launched, strict=True)]
-    )
-    kernels = [inspect(case, *each, count) for case, each, count in zip(found, launched, counts, strict=True)]
-    # And the first with Triton's default, fused multiply-adds, which the tests have to see.
-    _, fused = compiled(found[0], fp_fusion=True)
-    print(json.dumps({"kernels": kernels, "fused": inexact(fused.asm["ptx"])}))
-
-
-if __name__ == "__main__":
-    main()
+def jobs() -> list[Job]:
+    """All of them."""
+    return [job(case) for case in cases()]

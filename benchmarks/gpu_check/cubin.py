@@ -1,13 +1,13 @@
 """Reading cubins that Triton made, with the tools of its wheel: machine instructions (SASS) and resources.
 
-nvdisasm takes a quarter of a second to start, more than the work on one kernel, so the code of all kernels of an
+nvdisasm takes a quarter of a second to start, more than the work on one kernel, so the code of many kernels of an
 architecture goes through it as one binary.
 """
 
 from __future__ import annotations
 
 import bisect
-import collections
+import importlib.util
 import itertools
 import re
 import struct
@@ -16,21 +16,23 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from .sass import Code, lines
+
 ARCHITECTURES = {80: "SM80", 90: "SM90a"}
-INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)")
 
 
 def _run(tool: str, *options: str, content: bytes) -> str:
-    import triton
-
+    triton = importlib.util.find_spec("triton")
+    assert triton is not None
+    assert triton.origin is not None
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(content)
         file.flush()
-        command = [Path(triton.__file__).parent / "backends/nvidia/bin" / tool, *options, file.name]
+        command = [Path(triton.origin).parent / "backends/nvidia/bin" / tool, *options, file.name]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-def _code(cubin: bytes) -> bytes:
+def _text(cubin: bytes) -> bytes:
     """The section .text of a cubin's one kernel, by the table of sections of the ELF64 format."""
     (table,) = struct.unpack_from("<Q", cubin, 40)
     size, count, names = struct.unpack_from("<HHH", cubin, 58)
@@ -40,19 +42,18 @@ def _code(cubin: bytes) -> bytes:
     return cubin[found[4] : found[4] + found[5]]
 
 
-def instructions(cubins: Sequence[tuple[int, bytes]]) -> list[collections.Counter[str]]:
-    """For each (capability, cubin) its SASS instructions counted by full name, padding left out."""
-    found: list[collections.Counter[str]] = [collections.Counter() for _ in cubins]
+def read(cubins: Sequence[tuple[int, bytes]]) -> list[Code]:
+    """For each (capability, cubin) its code; addresses are those of the whole binary. Resources: see `resources`."""
+    found = [Code("") for _ in cubins]
     for capability in {capability for capability, _ in cubins}:
         members = [i for i, (of, _) in enumerate(cubins) if of == capability]
-        codes = [_code(cubins[i][1]) for i in members]
-        ends = list(itertools.accumulate(map(len, codes)))
-        text = _run("nvdisasm", "--no-dataflow", "--binary", ARCHITECTURES[capability], content=b"".join(codes))
-        for address, name in INSTRUCTION.findall(text):
-            found[members[bisect.bisect_right(ends, int(address, 16))]][name] += 1
-    for counts in found:
-        counts.pop("NOP", None)
-        assert counts["EXIT"], "every kernel ends somewhere"
+        texts = [_text(cubins[i][1]) for i in members]
+        ends = list(itertools.accumulate(map(len, texts)))
+        listing = _run("nvdisasm", "--no-dataflow", "--binary", ARCHITECTURES[capability], content=b"".join(texts))
+        for address, body in lines(listing):
+            found[members[bisect.bisect_right(ends, address)]].instructions[address] = body
+    for code in found:
+        assert code.opcodes["EXIT"], "every kernel ends somewhere"
     return found
 
 

@@ -1,20 +1,12 @@
-"""Compiles the Triton convolutions for GPUs that are not there and prints what is in them as JSON, for
-test_triton_aot_conv.py: the first choices of a plan for layers of the U-Nets, launched as the plan would.
-
-A process of its own, because kernels decorated under TRITON_INTERPRET=1 cannot be compiled.
+"""The launches of the plan's Triton layers that are compiled and read one by one: the first choices of a plan for some
+layers of the U-Nets, launched as the plan would. Whole plans are in triton_plans.py.
 """
 
 from __future__ import annotations
 
-import json
-import re
-from collections import Counter
 from collections.abc import Iterator
-from typing import Any
 
-import aot_sass
 import torch
-from aot_child import meta
 from torch import Tensor
 
 from ddpm_fast.backends.triton import aot
@@ -23,7 +15,12 @@ from ddpm_fast.inference.candidate import Frame, Packs, Place
 from ddpm_fast.inference.gpu_layers import listed
 from ddpm_fast.inference.network import Buffer, Conv, Linear, Norm, RMSNorm, Slice, Up
 
+from .triton_jobs import Job
+from .triton_ops import meta
+
 GPUS = {90: (132, 90), 80: (108, 80)}
+"""Multiprocessors and capability of an H100 and of an A100."""
+
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 
 # (name, images, side of the source, channels, columns, kind, dtype, capability); names are those of the U-Nets' layers.
@@ -52,8 +49,9 @@ LAYERS = [
 
 def launches(
     n: int, side: int, channels: int, columns: int, kind: str, dtype: torch.dtype, capability: int
-) -> tuple[str, list[aot.Specialisation]]:
-    """The first choice for a layer, by name, and what it launches."""
+) -> list[tuple[str, list[aot.Specialisation]]]:
+    """The first choice for a layer, by name, and what it launches; where that joins the parts of its sum, the next one,
+    too, which leaves them to a second kernel."""
     scale = 2 if kind in ("up", "doubled") else 1
     buffer = Buffer("b", 2 * columns, 0)
     image = channels < 16
@@ -84,10 +82,13 @@ def launches(
     place = Place(n, side, side, dtype, torch.device("meta"), source, target, pooled, 2944, Packs(), residual)
     images = meta(n, channels, side, side)
     rows = meta(n, dtype=torch.int64)
-    candidate = listed(layer, n, side, side, dtype, *GPUS[capability])[0]
-    with aot.recorded() as found:
-        candidate.prepare(layer, place)(Frame(images, images, meta(1000, 2944), rows))
-    return candidate.name, found
+    first, *others = listed(layer, n, side, side, dtype, *GPUS[capability])
+    result = []
+    for candidate in [first, *(others[:1] if first.name.endswith("joined") else [])]:
+        with aot.recorded() as found:
+            candidate.prepare(layer, place)(Frame(images, images, meta(1000, 2944), rows))
+        result.append((candidate.name, found))
+    return result
 
 
 def norm(side: int, channels: int, modulated: bool, dtype: torch.dtype) -> aot.Specialisation:
@@ -143,10 +144,11 @@ def output(step: bool, side: int = 1) -> list[aot.Specialisation]:
 
 def cases() -> Iterator[tuple[str, str, int, aot.Specialisation]]:
     for name, *layer in LAYERS:
-        chosen, found = launches(*layer)
-        for launch in found:
-            reduces = launch.kernel.fn.__name__ == "_reduce_kernel"
-            yield name + (", the parts added" if reduces else ""), chosen, layer[-1], launch
+        for chosen, found in launches(*layer):
+            for launch in found:
+                reduces = launch.kernel.fn.__name__ == "_reduce_kernel"
+                how = ", joined" if chosen.endswith("joined") else ", the parts added" if reduces else ""
+                yield name + how, chosen, layer[-1], launch
     for name, step in (("output", False), ("output with the step", True)):
         yield name, "triton", 90, output(step)[0]
     yield "norm", "triton", 90, norm(32, 128, False, BF16)
@@ -160,42 +162,11 @@ def cases() -> Iterator[tuple[str, str, int, aot.Specialisation]]:
     yield "conv_out", "triton", 90, output(False, side=3)[0]
 
 
-WORDS = (r"\bfma\.", r"div\.full", r"\.approx", r"\.ftz", r"\.f64")
-
-
-def inspect(
-    name: str, chosen: str, capability: int, launch: aot.Specialisation, compiled: Any, counts: Counter[str]
-) -> dict[str, Any]:
-    """Everything that the tests assert on."""
-    registers, stack = aot_sass.resources(compiled.asm["cubin"])
-
-    def total(*prefixes: str) -> int:
-        return sum(count for word, count in counts.items() if word.startswith(prefixes))
-
-    return {
-        "name": name,
-        "chosen": chosen,
-        "capability": capability,
-        "kernel": launch.kernel.fn.__name__,
-        "kind": launch.constants.get("KIND"),
-        "rows": launch.constants.get("BLOCK_M"),
-        "residual": launch.signature.get("residual_ptr", "constexpr") != "constexpr",
-        "half": launch.signature.get("target_ptr") != "*fp32",
-        "warps": launch.options["num_warps"],
-        "registers": registers,
-        "spills": stack + total("LDL", "STL"),
-        "instructions": sum(counts.values()),
-        "wgmma": total("HGMMA"),
-        "mma": total("HMMA"),
-        "async": total("LDGSTS."),
-        "memory": {word: count for word, count in counts.items() if word.startswith(("LDGSTS", "LDG.", "STG"))},
-        "shared": compiled.metadata.shared,
-        "ptx": {word: len(re.findall(word, compiled.asm["ptx"])) for word in WORDS},
-    }
-
-
-if __name__ == "__main__":
-    found = list(cases())
-    compiled = [launch.compile(capability) for _, _, capability, launch in found]
-    counts = aot_sass.instructions([(case[2], made.asm["cubin"]) for case, made in zip(found, compiled, strict=True)])
-    print(json.dumps([inspect(*case, made, count) for case, made, count in zip(found, compiled, counts, strict=True)]))
+def jobs() -> list[Job]:
+    """All of them."""
+    result = []
+    for name, chosen, capability, launch in cases():
+        target = launch.signature.get("target_ptr")
+        dtype = {"*bf16": "bf16", "*fp16": "f16"}.get(str(target), "f32")
+        result.append(Job("layers", name, dtype, capability, launch, used=[chosen]))
+    return result
