@@ -175,7 +175,8 @@ def test_the_stage_writes_what_it_found(rehearsal: tuple[Any, dict[str, Any]]) -
     assert parts == {"ops", "layers", "plans", *(["cuda"] if cuda_kernels.find_nvcc() else [])}
     for record in found["kernels"]:
         assert Kernel.load(record).resident_warps == record["resident_warps"] > 0
-    assert re.search(r"^\d+ kernels, 0 problems", done.stdout.splitlines()[-1])
+    assert re.search(r"^\d+ kernels, 0 problems", done.stdout, flags=re.MULTILINE)
+    assert done.stdout.splitlines()[-1] == "static: ok"
 
 
 def test_nothing_modelled_looks_measured(rehearsal: tuple[Any, dict[str, Any]]) -> None:
@@ -183,7 +184,7 @@ def test_nothing_modelled_looks_measured(rehearsal: tuple[Any, dict[str, Any]]) 
     text = rehearsal[0].stdout
     assert text.count("Modelled, NOT MEASURED:") == 1
     before, model = text.split("Modelled, NOT MEASURED:")
-    paragraph, head, *rows = model.splitlines()
+    paragraph, head, *rows = model.split("\n\n")[0].splitlines()
     rate = re.compile(r"\b(?:[GT]B/s|FLOP|ms|us|seconds|measured|bandwidth)\b")
     assert rate.search(paragraph)
     assert not rate.search("\n".join([before, head, *rows]))
@@ -199,15 +200,14 @@ def test_out_of_time_is_said(module: Any, tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(layers, "jobs", lambda: [job("layers", "one", "bf16", 90, None)] * 34)
     used = [["paper N=1 bf16"], ["paper N=1 bf16", "tutorial N=1 bf16"]]
     monkeypatch.setattr(plans, "jobs", lambda wanted: [job("plans", "one", "bf16", 90, None, used=u) for u in used])
-    findings = static.Findings(tmp_path / "static.json", False)
-    given = static.parser().parse_args(["--out", str(tmp_path / "static.json"), "--jobs", "1"])
+    file = tmp_path / "static.json"
+    inspection = static.Inspection(static.parser().parse_args(["--out", str(file), "--jobs", "1", "--minutes", "0"]))
     for part in ("layers", "plans"):
-        static.triton_part(part, given, 0.0, findings)
-    findings.save(finished=False)
-    found = json.loads((tmp_path / "static.json").read_text())
-    assert found["ok"] is False
-    assert found["not_done"] == [
+        inspection.triton(part)
+    inspection.found.attempt("cuda", inspection.cuda)
+    inspection.save()
+    assert json.loads(file.read_text())["not_done"] == [
         "layers: 34 of 34 kernels, no time left",
         "plans: 2 of 2 kernels, no time left: of paper N=1 bf16, tutorial N=1 bf16",
-        "the run did not come to its end",
+        "cuda: no time left",
     ]

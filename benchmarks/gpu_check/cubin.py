@@ -28,7 +28,7 @@ def _run(tool: str, *options: str, content: bytes) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(content)
         file.flush()
-        command = [Path(triton.origin).parent / "backends/nvidia/bin" / tool, *options, file.name]
+        command = [str(Path(triton.origin).parent / "backends/nvidia/bin" / tool), *options, file.name]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 

@@ -57,7 +57,7 @@ def elements(launch: Specialisation) -> int | None:
         count = constants.get("BLOCK_G", 1) * constants["BLOCK_C"] * constants["BLOCK_P"]
     else:
         return None
-    return max(1, count // (32 * launch.options["num_warps"]))
+    return int(max(1, count // (32 * launch.options["num_warps"])))
 
 
 def given(launch: Specialisation, pointer: str) -> bool:
