@@ -149,8 +149,8 @@ def step_rounds(
 
 
 def exceeds_cache(device: torch.device, size: int) -> bool:
-    """Whether a call that goes through tensors of `size` bytes leaves nothing in a GPU's L2 cache that the next one reads
-    first, so that it need not be cleared between calls."""
+    """Whether a call that goes through tensors of `size` bytes leaves nothing in a GPU's L2 cache that the next one
+    reads first, so that it need not be cleared between calls."""
     return device.type == "cuda" and size >= 2 * torch.cuda.get_device_properties(device).L2_cache_size
 
 

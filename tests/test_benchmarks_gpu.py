@@ -306,6 +306,19 @@ def test_a_gpus_clock_waits_for_no_host(module, fake_events, monkeypatch):
     assert fake_events == ["sleep", *2 * ["flush", "record", "call", "record"], "wait"]
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "NVRM version: NVIDIA UNIX x86_64 Kernel Module  580.65.06  Sun Jul 27 07:19:12 UTC 2031\nGCC version: 13",
+        "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  580.65.06  Release Build  (root@x)\nGCC version: 13",
+    ],
+)
+def test_the_drivers_version_is_read(module, monkeypatch, text):
+    machine = module("machine")
+    monkeypatch.setattr(machine, "Path", lambda name: types.SimpleNamespace(read_text=lambda: text))
+    assert machine._driver() == "580.65.06"
+
+
 def test_facts_name_the_commit_where_there_is_no_git(module, monkeypatch):
     machine = module("machine")
     known = machine.facts(torch.device("cpu"))

@@ -224,8 +224,6 @@ def main(argv: list[str] | None = None) -> int:
     options = options_.parse_args(argv)
     if options.job:
         return do_job(options.job, options.out)
-    # Ended from outside, the process that compiles must end, too: children.run sees to it on the way out.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
 
     def work(findings: Findings) -> list[str]:
         cases, every = options.cases or wanted(CASES), for_gpu()
@@ -251,4 +249,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    # Ended from outside, the process that compiles must end, too: children.run sees to it on the way out.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     sys.exit(main())
