@@ -245,6 +245,22 @@ def test_what_did_not_run_is_a_failure(tmp_path, exactness, monkeypatch):
     assert "normal triton float16: out of time" in figures["not_done"]
 
 
+def test_a_child_that_does_not_answer_is_a_failure_but_for_a_network_out_of_time(tmp_path, exactness, monkeypatch):
+    def spread(tasks, *rest, done, **options):
+        for task in tasks:
+            late = task["kind"] == "network" or task["name"] == "ddpm_step"
+            done(task, "no answer after 5 s, so it was ended" if late else "the process ended with exit code -11")
+        return []
+
+    monkeypatch.setattr(exactness, "spread", spread)
+    out = tmp_path / "exactness.json"
+    assert exactness.main(["--out", str(out), "--rehearse"]) == 1
+    figures = json.loads(out.read_text())
+    assert "ddpm_step triton float16: no answer after 5 s, so it was ended" in figures["failures"]
+    assert "normal native float32: the process ended with exit code -11" in figures["failures"]
+    assert "UNet, network triton bfloat16: no answer after 5 s, so it was ended" in figures["not_done"]
+
+
 def test_a_task_that_raises_is_answered(exactness, monkeypatch):
     monkeypatch.setattr(exactness.op_checks, "check_op", lambda *a, **k: 1 / 0)
     task = {"kind": "op", "name": "normal", "backend": "native", "dtype": "float32", "device": "cpu", "seed": 1}
