@@ -1,4 +1,4 @@
-"""PTX text -> a program for the machine: registers become places in a warp's file, constants registers that hold them."""
+"""PTX text -> a program for the machine: registers become places in a warp's file, constants registers with a value."""
 
 from __future__ import annotations
 
@@ -114,11 +114,9 @@ class _Reader:
         if letter == "i":
             return [self.number(text)]
         if letter == "a":
-            base, _, offset = text.strip("[] \t").partition("+")
-            register = self.register(base.strip())
-            if register is None:
-                return [self.constant(0, 8), self.number(base.strip()) + (int(offset, 0) if offset else 0)]
-            return [register, int(offset, 0) if offset else 0]
+            base, _, offset = (part.strip() for part in text.strip("[] \t").partition("+"))
+            register, distance = self.register(base), self.number(offset or "0")
+            return [self.constant(0, 8), self.number(base) + distance] if register is None else [register, distance]
         width = LETTERS[letter]
         if text == "_":
             return [self.place(width)]
