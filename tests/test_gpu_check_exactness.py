@@ -64,8 +64,10 @@ def test_the_cpp_half_passes(checks, op):
 @pytest.mark.parametrize("op", ["normal", "ddpm_step", "group_norm_silu"])
 def test_triton_passes_in_the_interpreter(checks, op):
     pytest.importorskip("triton", reason="Triton is not installed; pip install 'ddpm_fast[triton]'")
-    if torch.cuda.is_available():
-        pytest.skip("there is a GPU: kernels are compiled here")
+    from ddpm_fast.backends.triton import launch
+
+    if not launch.INTERPRETED:
+        pytest.skip("kernels are compiled here: there is a GPU")
     result = check(checks, op, torch.bfloat16, "triton")
     assert result.failures == []
     assert result.cases > 0
@@ -243,6 +245,22 @@ def test_what_did_not_run_is_a_failure(tmp_path, exactness, monkeypatch):
     figures = json.loads(out.read_text())
     assert figures["failures"] == ["normal native: no case was run", "normal triton: no case was run"]
     assert "normal triton float16: out of time" in figures["not_done"]
+
+
+def test_a_child_that_does_not_answer_is_a_failure_but_for_a_network_out_of_time(tmp_path, exactness, monkeypatch):
+    def spread(tasks, *rest, done, **options):
+        for task in tasks:
+            late = task["kind"] == "network" or task["name"] == "ddpm_step"
+            done(task, "no answer after 5 s, so it was ended" if late else "the process ended with exit code -11")
+        return []
+
+    monkeypatch.setattr(exactness, "spread", spread)
+    out = tmp_path / "exactness.json"
+    assert exactness.main(["--out", str(out), "--rehearse"]) == 1
+    figures = json.loads(out.read_text())
+    assert "ddpm_step triton float16: no answer after 5 s, so it was ended" in figures["failures"]
+    assert "normal native float32: the process ended with exit code -11" in figures["failures"]
+    assert "UNet, network triton bfloat16: no answer after 5 s, so it was ended" in figures["not_done"]
 
 
 def test_a_task_that_raises_is_answered(exactness, monkeypatch):

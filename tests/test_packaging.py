@@ -20,7 +20,7 @@ import pybind11
 ROOT = Path(__file__).parent.parent
 NVCC = shutil.which("nvcc")
 # What pip says where it reaches nobody; that there is no such package would be a fault of ours.
-NO_NETWORK = re.compile(r"NameResolutionError|NewConnectionError|ConnectTimeoutError|name resolution|Network is unreach")
+NO_NETWORK = re.compile(r"NameResolutionError|NewConnectionError|ConnectTimeoutError|name resolution|Network is unrea")
 COMPILER = shutil.which(os.environ.get("CXX") or "c++")
 
 

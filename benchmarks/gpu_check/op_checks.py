@@ -99,7 +99,7 @@ def difference(rule: str, got: Tensor, expected: Tensor, exact: Tensor | None) -
         limit = limit + 2**-18 * largest
     wrong = ~(error <= limit.clamp_min(float(of_reference)))
     spacing = torch.finfo(got.dtype).eps * 2.0 ** torch.floor(torch.log2(largest.clamp_min(1e-30)))
-    return (wrong if bool(wrong.any()) else None), float(error.max() / spacing)
+    return (wrong if bool(wrong.any()) else None), min(float(error.max() / spacing), 1e12)
 
 
 def describe(case: Case, name: str, wrong: Tensor, got: Tensor, expected: Tensor) -> str:

@@ -29,7 +29,7 @@ import torch
 
 from gpu_check.children import end
 from gpu_check.sanitize_jobs import JOBS, Job, matching
-from gpu_check.workers import save, with_path
+from gpu_check.workers import deadline, save, with_path
 
 ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).resolve().parent
@@ -334,7 +334,7 @@ def main(argv: list[str] | None = None) -> int:
     else:
         assert program is not None
         assert nvcc is not None
-        inspect(figures, given.out.resolve(), program, nvcc, began + 60 * given.minutes, given.at_once)
+        inspect(figures, given.out.resolve(), program, nvcc, deadline(given.minutes), given.at_once)
     figures["not_done"].remove(CUT_OFF)
     if not any(row["tests"] for row in figures["jobs"]):
         figures["failures"].append("no test was run")

@@ -22,6 +22,9 @@ ANSWER = "ANSWER "
 GRACE = 20.0
 """Seconds that a child may take beyond those of its task: it starts, compiles one kernel more, frees memory."""
 
+RESERVE = 25.0
+"""Seconds before the end of a stage's time at which its tasks should be over: GRACE, and writing what was found."""
+
 LONGEST = 300.0
 """Seconds that a task gets at the most."""
 
@@ -44,6 +47,11 @@ def with_path(environment: Mapping[str, str]) -> dict[str, str]:
     """The same variables, with which a child of any folder imports this package, its neighbours and this checkout."""
     folders = [str(BENCHMARKS), str(BENCHMARKS.parent), *filter(None, [environment.get("PYTHONPATH")])]
     return {**environment, "PYTHONPATH": os.pathsep.join(folders)}
+
+
+def deadline(minutes: float) -> float:
+    """When (of time.monotonic) tasks should be over, so many minutes being given from now on."""
+    return time.monotonic() + max(60 * minutes - RESERVE, 30 * minutes)
 
 
 def save(path: Path, figures: Mapping[str, Any]) -> None:
