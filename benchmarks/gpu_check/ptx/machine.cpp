@@ -54,7 +54,7 @@ void add_path(Warp& w, int at, uint32_t lanes) {
   w.paths.push_back({at, lanes});
 }
 
-// Until every lane waits or has ended.
+// Until every lane waits or has ended. Lanes that have parted: the smallest address first.
 void run_warp(Warp& w, const Program& program, uint64_t& left) {
   while (!w.paths.empty()) {
     const auto first = std::min_element(w.paths.begin(), w.paths.end(), [](auto& a, auto& b) { return a.at < b.at; });
@@ -90,14 +90,17 @@ void run_warp(Warp& w, const Program& program, uint64_t& left) {
         path.lanes &= ~lanes;
         ++path.at;
       } else {
-        if (lanes != w.alive) fail("bar.sync in a part of a warp");
-        w.waiting = lanes;
+        // Lanes that are elsewhere may still come here.
+        if (w.waiting != 0 && w.resume != path.at + 1) fail("bar.sync in a part of a warp");
+        w.waiting |= lanes;
         w.barrier = static_cast<int>(i.o[0]);
         w.resume = path.at + 1;
-        return;
+        path.lanes &= ~lanes;
+        ++path.at;
       }
     }
   }
+  if (w.waiting != 0 && w.waiting != w.alive) fail("bar.sync in a part of a warp");
 }
 
 void run_block(Block& block, const Program& program, uint64_t& left) {
