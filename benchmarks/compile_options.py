@@ -80,10 +80,14 @@ def key(case: Case, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
     return result
 
 
+class Unreadable(ValueError):
+    """A file that should hold outcomes and does not."""
+
+
 class Store:
     """Outcomes, read from several files and written to the last of them after every addition.
 
-    Raises ValueError naming a file that is none of ours.
+    Raises Unreadable naming a file that is none of ours.
     """
 
     def __init__(self, places: Iterable[Path]) -> None:
@@ -95,7 +99,7 @@ class Store:
                 try:
                     found = json.loads(place.read_text(encoding="utf-8"))["outcomes"]
                 except (ValueError, KeyError, TypeError) as error:
-                    raise ValueError(f"{place} is no file of outcomes ({error!r}); remove it") from error
+                    raise Unreadable(f"{place} is no file of outcomes ({error!r}); remove it") from error
                 (self._own if place == self.places[-1] else self._others).extend(found)
 
     def outcomes(self, about: dict[str, Any]) -> list[Outcome]:

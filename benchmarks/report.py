@@ -1,9 +1,10 @@
 """From result files to a Markdown report and PNG plots.
 
-    python benchmarks/report.py RESULT.json... [--out DIR] [--no-plots]
+    python benchmarks/report.py RESULT.json... [--out DIR] [--no-plots] [--merge FILE.json]
 
 Writes DIR/<name of the result>.md and beside it <name>-<case>.png, one for every network and image size. DIR: where the
-result file is.
+result file is. --merge makes one result of several runs of the same machine and commit, a later one replacing what an
+earlier one has of the same case, and reports on that.
 """
 
 from __future__ import annotations
@@ -140,14 +141,15 @@ def training_table(figures: dict[str, Any]) -> str:
 
 
 def op_table(figures: dict[str, Any]) -> str:
-    """The ops against eager PyTorch and torch.compile."""
+    """The ops against eager PyTorch and torch.compile; both backends where both were measured, the one taken first."""
     copy = figures["copy_bytes_per_second"]
     rows = [["op", "ms", "GB/s", "of copy", "against eager", "against `torch.compile`"]]
     for case in figures["cases"]:
-        median, moved = case["seconds"]["ddpm_fast"]["median"], case["bytes"]
-        against = [_factor(Timing(**case["ratios"][name])) for name in ("eager", "torch.compile")]
-        rate = [f"{median * 1e3:.3f}", f"{moved / median / 1e9:.1f}", f"{moved / median / copy:.0%}"]
-        rows.append([f"`{case['op']}`", *rate, *against])
+        for backend, ratios in (case.get("backends") or {"": case["ratios"]}).items():
+            median, moved = case["seconds"][backend or "ddpm_fast"]["median"], case["bytes"]
+            against = [_factor(Timing(**ratios[name])) for name in ("eager", "torch.compile")]
+            rate = [f"{median * 1e3:.3f}", f"{moved / median / 1e9:.1f}", f"{moved / median / copy:.0%}"]
+            rows.append([f"`{case['op']}`{f' {backend}' if backend else ''}", *rate, *against])
     rows += [[f"`{name}`", f"check failed: {why}", "", "", "", ""] for name, why in figures["failed"].items()]
     return markdown(rows)
 
@@ -185,8 +187,12 @@ def machine_lines(result: dict[str, Any]) -> list[str]:
     where = facts.get("gpu") or f"{facts['cpu']}, {facts['threads']} threads of {facts['cpus']} CPUs"
     isas = ", ".join(isa for isa, _ in facts["inference_isas"]) or "none"
     versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
+    cpu = f"CPU features {', '.join(facts['cpu_features'])}; own kernels for {isas}"
+    if facts["device"] == "cuda":
+        cpu = f"CUDA {facts['cuda']}, cuDNN {facts['cudnn']}, driver {facts.get('driver', 'unknown')}; {facts['cpu']}"
+    day = f"; {facts['date']}" if "date" in facts else ""
     found = [
-        f"- Machine: {where}; CPU features {', '.join(facts['cpu_features'])}; own kernels for {isas}",
+        f"- Machine: {where}; {cpu}{day}",
         f"- Versions: ddpm_fast {facts['ddpm_fast']}, commit {facts['commit']}; Python {facts['python']}; {versions}",
     ]
     rates = [f"{name} {rate / 1e9:.0f} GFLOP/s" for name, rate in peaks.items() if name != "read"]
@@ -238,6 +244,7 @@ def report(result: dict[str, Any], plots: dict[str, Path]) -> str:
         parts += ["\n## Host time of `scheduler.step`\n", host_table(result["host"])]
     for figures in result["ops"]:
         parts += [f"\n## Ops: {figures['elements']} elements, {figures['dtype']}\n", op_table(figures)]
+        parts.append(f"\nA copy moves {figures['copy_bytes_per_second'] / 1e9:.1f} GB/s.")
     if groups:
         parts.append("\n## The candidates, exactly\n")
         parts += exactly(groups)
@@ -250,7 +257,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("results", nargs="+", type=Path, metavar="RESULT.json")
     parser.add_argument("--out", type=Path, metavar="DIR")
     parser.add_argument("--no-plots", action="store_true", help="Markdown only; needs no matplotlib")
+    parser.add_argument("--merge", type=Path, metavar="FILE.json", help="one result of all of them, written there")
     options = parser.parse_args(argv)
+    if options.merge:
+        try:
+            results.save(results.merge([results.load(path) for path in options.results]), options.merge)
+        except (OSError, ValueError) as error:
+            print(f"report.py: error: {error}", file=sys.stderr)
+            return 2
+        options.results = [options.merge]
     for path in options.results:
         try:
             result = results.load(path)

@@ -80,6 +80,69 @@ def save(result: dict[str, Any], path: Path) -> None:
     beside.replace(path)
 
 
+SAME = ("device", "gpu", "cpu", "cuda", "cudnn", "driver", "threads", "python", "ddpm_fast", "commit", "versions")
+"""Facts of the machine in which runs must agree to be one result."""
+
+
+def merge(parts: list[dict[str, Any]]) -> dict[str, Any]:
+    """Several runs of one machine and commit as one result. What a later one has measured again replaces the earlier.
+
+    A ratio stays within a run: a case moves with all its candidates, an op with its baselines and its run's copy rate.
+    Raises ValueError where the runs differ in machine, versions or commit.
+    """
+    first, *others = parts
+    for part in others:
+        for name in SAME:
+            one, two = first["machine"].get(name), part["machine"].get(name)
+            if one != two:
+                raise ValueError(f"runs of different machines, versions or commits: {name} is {one!r} and {two!r}")
+    merged = {**first, "cases": [], "ops": [], "training": [], "host": [], "drift": None, "peaks": {}}
+    for part in parts:
+        here = {_about(case) for case in part["cases"]}
+        merged["cases"] = [case for case in merged["cases"] if _about(case) not in here] + part["cases"]
+        merged["ops"] = _merged_ops(merged["ops"], part["ops"])
+        again = {(figures["case"], figures["n"]) for figures in part.get("training") or []}
+        kept = [figures for figures in merged["training"] if (figures["case"], figures["n"]) not in again]
+        merged["training"] = kept + (part.get("training") or [])
+        merged["host"] = part.get("host") or merged["host"]
+        merged["drift"] = part.get("drift") or merged["drift"]
+        rates = merged["peaks"]
+        merged["peaks"] = {n: max(part["peaks"].get(n, 0.0), rates.get(n, 0.0)) for n in {**rates, **part["peaks"]}}
+    runs = [run for part in parts for run in part["settings"].get("runs", [part["settings"]])]
+    words = " | ".join(" ".join(run["argv"]) or "default" for run in runs)
+    dates = sorted({part["machine"].get("date", "") for part in parts} - {""})
+    if dates:
+        merged["machine"] = {**first["machine"], "date": ", ".join(dates)}
+    merged["settings"] = {"argv": [words], "took_s": sum(run["took_s"] for run in runs), "runs": runs}
+    return validate(merged)
+
+
+def _about(case: dict[str, Any]) -> str:
+    told = [case["name"], case["n"], case["shape"], case.get("network"), case.get("options")]
+    return json.dumps(told, sort_keys=True)
+
+
+def _op(name: str) -> str:
+    """The op of a check that failed, whose name may end with the backend's."""
+    op, _, backend = name.rpartition(", ")
+    return op if backend in ("native", "triton") else name
+
+
+def _merged_ops(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Ops of several runs; those of the same dtype and size that `after` has, too, are left out of `before`."""
+    kept = []
+    for figures in before:
+        again: set[str] = set()
+        for later in after:
+            if (later["dtype"], later["elements"]) == (figures["dtype"], figures["elements"]):
+                again |= {row["op"] for row in later["cases"]} | {_op(name) for name in later["failed"]}
+        rest = [row for row in figures["cases"] if row["op"] not in again]
+        wrong = {name: why for name, why in figures["failed"].items() if _op(name) not in again}
+        if rest or wrong:
+            kept.append({**figures, "cases": rest, "failed": wrong})
+    return kept + after
+
+
 def finite(value: float) -> float | None:
     """JSON has no NaN and no infinity."""
     return value if math.isfinite(value) else None

@@ -13,10 +13,12 @@ from __future__ import annotations
 
 import argparse
 import functools
+import gc
 import math
 import os
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -136,13 +138,14 @@ class Run:
         self.batches = options.n or ([1, 16] if options.quick else [1, 16, 64, 512 if self.gpu else 256])
         self.budget = options.seconds or (1.0 if options.quick else 3.0)
         self.turn = 0.1 if options.quick else 0.3
-        self.not_done: list[str] = []
+        self.not_done: list[str] = []  # for lack of time
+        self.broken: list[str] = []
         self.result: dict[str, Any] = {"schema": results.SCHEMA, "machine": machine.facts(self.device), "cases": []}
         self.result |= {"ops": [], "drift": None, "training": [], "host": [], "peaks": {}}
 
     def in_time(self, what: str = "") -> bool:
         """Whether something new may begin; what may not is noted."""
-        left = 60 * self.options.minutes - (time.perf_counter() - self.began) > 0
+        left = bool(time.perf_counter() - self.began < 60 * self.options.minutes)
         if not left and what:
             progress(f"no time left for {what}")
             self.not_done.append(what)
@@ -158,6 +161,7 @@ class Run:
             "seconds_per_turn": self.turn,
             "took_s": round(time.perf_counter() - self.began, 1),
             "not_done": self.not_done,
+            "broken": self.broken,
         }
         self.keep(self.result)
 
@@ -208,6 +212,22 @@ class Run:
             todo += [(case, named(sampler.FOR_VARIANTS)) for n in (options.n or [16]) for case in sampler.variants(n)]
         return todo
 
+    def case(self, case: Case, names: list[str]) -> None:
+        """A sampling step. A case that fails must not take the others' figures with it."""
+        try:
+            figures = sampler.run_case(case, self.device, names, budget=self.budget, turn=self.turn)
+        except Exception as error:
+            traceback.print_exc()
+            first = (str(error).splitlines() or [""])[0]
+            self.broken.append(f"{case.name}, n = {case.n}: {type(error).__name__}: {first:.200}")
+        else:
+            self.result["cases"].append(figures)
+            _say(sampler.lines(figures))
+        self.write()
+        if self.gpu:  # graphs and their memory are held by cycles
+            gc.collect()
+            torch.cuda.empty_cache()
+
     def drift(self) -> None:
         """Final images of a whole run from the same noise."""
         quick = self.options.quick
@@ -236,10 +256,7 @@ class Run:
             self.ops()
         for case, names in self.cases():
             if self.in_time(f"{case.name}, n = {case.n}"):
-                figures = sampler.run_case(case, self.device, names, budget=self.budget, turn=self.turn)
-                self.result["cases"].append(figures)
-                self.write()
-                _say(sampler.lines(figures))
+                self.case(case, names)
         if "drift" in self.sections and self.in_time("drift"):
             self.drift()
         if "training" in self.sections:
@@ -260,7 +277,7 @@ def measure(options: argparse.Namespace, keep: Callable[[dict[str, Any]], None])
     _tune(torch.device(options.device))
     run = Run(options, keep)
     if options.quick:
-        inductor.Compiled.most = 2 if run.gpu else 1
+        inductor.Compiled.most = 1
     if run.gpu:
         places = [FOLDER / f"{machine.slug(run.result['machine'])}-baselines.json"]
         places.append(options.baselines or _target(options, run.result).parent / "baselines.json")
@@ -280,7 +297,8 @@ def _verdict(result: dict[str, Any]) -> list[str]:
 
 def failed(result: dict[str, Any]) -> list[str]:
     """What of ours gave a wrong or inaccurate result."""
-    wrong = [f"op {name}" for figures in result["ops"] for name in figures["failed"]]
+    wrong = [f"op {name}: {why}" for figures in result["ops"] for name, why in figures["failed"].items()]
+    wrong += result.get("settings", {}).get("broken", [])
     for case in result["cases"]:
         for record in case["candidates"]:
             if record["id"] in results.OURS and record["status"] not in ("ok", "missing"):
@@ -305,7 +323,11 @@ def main(argv: list[str] | None = None) -> int:
     if options.device.startswith("cuda") and not torch.cuda.is_available():
         print("run.py: error: --device cuda, but torch finds no usable NVIDIA GPU", file=sys.stderr)
         return 2
-    result = measure(options, lambda result: results.save(result, _target(options, result)))
+    try:
+        result = measure(options, lambda result: results.save(result, _target(options, result)))
+    except compile_options.Unreadable as error:
+        print(f"run.py: error: {error}", file=sys.stderr)
+        return 2
     out = _target(options, result)
     print(f"{os.path.relpath(out)} written; {result['settings']['took_s'] / 60:.1f} minutes", flush=True)
     wrong = failed(result)

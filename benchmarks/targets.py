@@ -52,8 +52,8 @@ OPS_AGAINST_EAGER = {"q_sample, eps stored": 2.3, "q_sample": 3.2, "ddpm_step": 
 
 
 def against_compile(op: str, dtype: str) -> float:
-    """An elementwise op against `torch.compile`, at the least. In bfloat16 it is the noise that the compiler is slow at;
-    an op that draws none moves the same bytes as the compiled one."""
+    """An elementwise op against `torch.compile`, at the least. In bfloat16 the compiler is slow at the noise; an op
+    that draws none moves the same bytes as the compiled one."""
     return 1.3 if dtype != "float32" and op in DRAWING else 1.0
 
 

@@ -72,7 +72,7 @@ class _Clock:
             after.record()
             pairs.append((before, after))
         torch.cuda.synchronize(self.device)
-        return sum(before.elapsed_time(after) for before, after in pairs) / 1e3 / repeats
+        return float(sum(before.elapsed_time(after) for before, after in pairs)) / 1e3 / repeats
 
 
 def interleaved_rounds(
@@ -149,8 +149,9 @@ def step_rounds(
 
 
 def exceeds_cache(device: torch.device, size: int) -> bool:
-    """Whether a GPU's L2 cache holds so little of `size` bytes that it need not be cleared between calls."""
-    return device.type == "cuda" and size >= 4 * torch.cuda.get_device_properties(device).L2_cache_size
+    """Whether a call that goes through tensors of `size` bytes leaves nothing in a GPU's L2 cache that the next one reads
+    first, so that it need not be cleared between calls."""
+    return device.type == "cuda" and size >= 2 * torch.cuda.get_device_properties(device).L2_cache_size
 
 
 def copy_bandwidth(device: torch.device, elements: int = 2**26) -> float:

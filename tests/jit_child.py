@@ -36,6 +36,7 @@ CPU = torch.device("cpu")
 class Launcher:
     def __init__(self, src: Any, metadata: Any) -> None:
         self.name = metadata.name
+        launchers.append(self.name)
 
     def __call__(self, *arguments: Any) -> None:
         x, y, z, stream = arguments[:4]
@@ -68,15 +69,16 @@ class Driver:
 
 
 launched: list[dict[str, Any]] = []
+launchers: list[str] = []
 compiled: list[str] = []
 driver.set_active(Driver())
 triton.knobs.runtime.jit_post_compile_hook = lambda **found: compiled.append(found["fn"].name)
 
 
 def happened() -> dict[str, Any]:
-    result = {"compiled": list(compiled), "launched": list(launched)}
-    compiled.clear()
-    launched.clear()
+    result = {"compiled": list(compiled), "launched": list(launched), "launchers": list(launchers)}
+    for noted in (compiled, launched, launchers):
+        noted.clear()
     return result
 
 
@@ -114,7 +116,8 @@ def main() -> dict[str, Any]:
     layer, where, frame = place()
     candidates = [TritonConv("linear", Tile(m, 32, 64)) for m in (16, 32)]
     candidates.append(TritonConv("linear", Tile(16, 32, 48)))  # refuses
-    gpu.compile_ahead([(candidate, layer, where) for candidate in candidates], frame)
+    alike = [layer, layer], [where, where]
+    gpu.compile_ahead(*alike, frame, lambda layer, place: candidates, ["alike", "alike"])
     result["ahead"] = happened()
     for candidate in candidates[:2]:
         candidate.prepare(layer, where)(frame)

@@ -97,7 +97,7 @@ def test_the_packages_own_loop_runs_as_many_steps_as_asked(module, problem, luci
     assert told[3:] == [[0, 0]]
 
 
-def test_it_runs_its_own_network_only(module, tiny):
+def test_it_runs_its_own_network_only(module, tiny, lucidrains):
     record = module("sampler").prepare(module("sampler").CANDIDATES["L32"](), tiny())
     assert (record["status"], record["reason"]) == ("missing", "runs lucidrains' own Unet only")
 

@@ -208,7 +208,8 @@ def test_broken_files_of_a_large_folder_are_replaced_inside_their_class(classes,
         indices = torch.tensor(order)
         with pytest.warns(UserWarning, match="2 of 6 images in .* cannot be read and are skipped") as warned:
             batches = list(prefetch(open_data(classes), indices.split(2), workers))
-        assert len(warned) == 1
+        # Python 3.12 warns of forking beside threads, too.
+        assert len([warning for warning in warned if warning.category is UserWarning]) == 1
         # The last cat is replaced by the first one, the first dog by the next.
         assert torch.equal(torch.cat(batches), whole[torch.tensor([0, 1, 0, 4, 4, 5])[indices]])
 

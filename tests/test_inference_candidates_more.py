@@ -103,6 +103,23 @@ def test_linear(n, h, w, c, out, residual, dtype) -> None:
 
 
 @every_dtype
+@pytest.mark.parametrize("residual", [False, True])
+def test_linear_into_a_whole_buffer(residual, dtype) -> None:
+    """Then the library's product needs no copy to its place."""
+    n, h, w, c, out = 2, 3, 5, 16, 48
+    layer = Linear("linear", random((out, c), dtype, 0, c**-0.5), random((out,), dtype, 1), part(c), part(out))
+    source, target = source_of(n, h, w, c, dtype), torch.empty(n, h, w, out, dtype=dtype)
+    added = source_of(n, h, w, out, dtype, 7) if residual else None
+    expected = F.conv2d(nchw(source), layer.weight.double()[:, :, None, None], layer.bias.double())
+    expected = expected if added is None else expected + nchw(added)
+    for candidate in listed(layer, n, h, w, dtype):
+        target.fill_(float("nan"))
+        place = Place(n, h, w, dtype, CPU, source, target, None, COLUMNS, Packs(), added)
+        candidate.prepare(layer, place)(frame(n, 3, h, w, False))
+        assert relative_error(nchw(target), expected) < TOLERANCES[dtype], candidate.name
+
+
+@every_dtype
 @pytest.mark.parametrize(("n", "h", "w", "c", "out"), [(1, 4, 4, 16, 1), (3, 5, 6, 48, 3), (2, 32, 12, 32, 4)])
 def test_output_3x3_is_float32_whatever_is_stored(n, h, w, c, out, dtype) -> None:
     weight, bias = random((out, c, 3, 3), torch.float32, 0, (9 * c) ** -0.5), random((out,), torch.float32, 1)

@@ -11,8 +11,7 @@ from inference_models import exact, inputs, make_unet, measured_anew, one_thread
 
 from ddpm_fast import inference
 from ddpm_fast.inference import library, module, native, plan, planner, trial
-from ddpm_fast.inference.candidate import Frame, Packs, Place
-from ddpm_fast.inference.known import read
+from ddpm_fast.inference.candidate import Frame, Place
 from ddpm_fast.inference.network import Conv, Layer
 
 pytestmark = pytest.mark.usefixtures(one_thread.__name__, measured_anew.__name__)
@@ -204,29 +203,3 @@ class TestChoice:
             fused = inference.compile(net, dtype=dtype)
             assert relative_error(fused(x, t), exact(net, x, t)) < bound
             assert "avx" not in fused.describe(2, 8, 8)
-
-
-@pytest.mark.parametrize("most", [None, 1])
-def test_kernels_are_compiled_ahead_once_for_layers_that_are_alike(monkeypatch, most) -> None:
-    """On a GPU; here a stand-in for its kernels notes what it is asked for."""
-    compiled = []
-
-    class Kernels:
-        @staticmethod
-        def candidates(layer, *where):
-            return [f"{layer.name} {i}" for i in range(2)]
-
-        @staticmethod
-        def compile_ahead(work, frame):
-            compiled.extend((candidate, layer.name) for candidate, layer, _ in work)
-
-    network = read(make_unet(depth=1))
-    cpu = torch.device("cpu")
-    spots = plan.places(network, 2, 4, 4, torch.float32, cpu, Packs())
-    marks = tuple("alike" if isinstance(layer, Conv) else layer.name for layer in network.layers)
-    monkeypatch.setattr(planner, "gpu", lambda: Kernels)
-    planner._compile_ahead(network, spots, plan.frame_for(network, 2, 4, 4, cpu), marks, most)
-    convolution, *others = dict.fromkeys(name for _, name in compiled)
-    assert convolution in [layer.name for layer in network.layers if isinstance(layer, Conv)]
-    assert others == [layer.name for layer in network.layers if not isinstance(layer, Conv)]
-    assert len(compiled) == (1 + len(others)) * (most or 2)

@@ -136,6 +136,7 @@ def test_a_system_without_locks_still_tries_to_write(tmp_path, monkeypatch):
 
 
 def test_the_command_says_it_in_one_line(tmp_path, somebody, capsys):
+    pytest.importorskip("sklearn", reason="digits come with scikit-learn: pip install 'ddpm_fast[demo]'")
     child = somebody()
     code = main(["train", "--data", "digits", "--out", str(tmp_path), "--images", "64", "--model", "unet"])
     assert code == 2

@@ -350,6 +350,7 @@ def test_missing_extras_are_named(train, monkeypatch, module, line, message):
 
 
 def test_tensorboard_has_the_log(train, tmp_path):
+    pytest.importorskip("tensorboard", reason="pip install 'ddpm_fast[tensorboard]'")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     assert train("--tensorboard --log-every 16 --sample-every 48 --sample-rows 1 --sample-steps 2")[0] == 0

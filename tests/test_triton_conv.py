@@ -335,18 +335,22 @@ def test_layers_of_the_paper_s_network_are_of_every_kind():
     assert left == sum(getattr(layer, "resample", None) == "down" for layer, *_ in found) == 3
 
 
+SHARES = 4  # of a network's layers: 100 or more kernels are compiled for all of them, in several processes then
+
+
 @pytest.mark.gpu
+@pytest.mark.parametrize("share", range(SHARES))
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("n", [1, 64])
 @pytest.mark.parametrize("name", ["UNet", "DDPMUNet"])
-def test_every_tile_of_a_network_computes_the_right_thing_on_this_gpu(name, n, dtype):
+def test_every_tile_of_a_network_computes_the_right_thing_on_this_gpu(name, n, dtype, share):
     """All that a plan may choose there, flattened loops of whatever length included (triton#1254)."""
     from ddpm_fast import nn
     from ddpm_fast.inference.gpu import processors
     from ddpm_fast.inference.gpu_layers import listed
 
     numbers = processors(torch.device("cuda", torch.cuda.current_device()))
-    for layer, side, channels, columns in products_of(getattr(nn, name)().eval(), 32):
+    for layer, side, channels, columns in products_of(getattr(nn, name)().eval(), 32)[share::SHARES]:
         options = {"silu": getattr(layer, "silu", False), "temb": getattr(layer, "temb", None) is not None}
         options |= {part: getattr(layer, part, None) is not None for part in ("pooled", "residual")}
         for candidate in listed(layer, n, side, side, dtype, *numbers):

@@ -33,6 +33,7 @@ def test_compiling_ahead_launches_nothing_and_leaves_nothing_to_compile(happened
     ahead, after = happened["ahead"], happened["after"]
     assert ahead["compiled"] == ["_conv_kernel", "_conv_kernel"]
     assert ahead["launched"] == []
+    assert ahead["launchers"] == ["_conv_kernel"]  # one for both, whose arguments are alike
     assert after["compiled"] == []
     assert [one["grid"] for one in after["launched"]] == [[8, 1, 1], [4, 1, 1]]
 

@@ -21,6 +21,7 @@ FAILURES = [
     PTXASError("too many registers"),
     subprocess.CalledProcessError(1, ["gcc"]),
     FileNotFoundError("ptxas"),
+    AssertionError("libcuda.so cannot found!"),
 ]
 
 

@@ -84,7 +84,13 @@ SPILLS = {
 }
 """Accesses to local memory, none of them in a loop, of the kernels that have any."""
 
-WIDE_LOADS = {"_reduce_kernel": 2, "_output_kernel": 8, "_output_step_kernel": 8, "_norm_kernel": 7}
+WIDE_LOADS = {
+    "_reduce_kernel": 2,
+    "_epilogue_kernel": 2,
+    "_output_kernel": 8,
+    "_output_step_kernel": 8,
+    "_norm_kernel": 7,
+}
 """128-bit loads that a layer's kernel has at least: parts, activations. (Of a convolution they go past registers.)"""
 
 CUDA_REGISTERS = 64

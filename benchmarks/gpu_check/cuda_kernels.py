@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
@@ -170,13 +170,13 @@ def kernel_of(code: Code, capability: int) -> Kernel:
     )
 
 
-def kernels(folder: Path, processes: int) -> Iterator[Kernel]:
+def kernels(folder: Path, processes: int, wanted: Sequence[str] = ()) -> Iterator[Kernel]:
     """Every kernel for every architecture: of the extension if it is up to date, else compiled into `folder`.
 
     Where nvcc is there, with what its PTX has of arithmetic that is not exact. RuntimeError where it fails, and where
-    there is neither nvcc nor such an extension, or no cuobjdump.
+    there is neither nvcc nor such an extension, or no cuobjdump. wanted: only these ops, by nvcc.
     """
-    extension = built_extension()
+    extension = None if wanted else built_extension()
     if find_cuobjdump() is None:
         raise RuntimeError("no cuobjdump: install the CUDA toolkit or the triton package")
     if find_nvcc() is None and extension is None:
@@ -184,8 +184,8 @@ def kernels(folder: Path, processes: int) -> Iterator[Kernel]:
     built: dict[str, dict[str, Path]] = {}
     if find_nvcc() is not None:
         with ThreadPoolExecutor(processes) as pool:
-            made = pool.map(lambda op: compile_op(op, folder, extension is None), ops())
-            built = dict(zip(ops(), made, strict=True))
+            made = pool.map(lambda op: compile_op(op, folder, extension is None), wanted or ops())
+            built = dict(zip(wanted or ops(), made, strict=True))
     wrong: dict[str, dict[str, int]] = {}
     contracted: dict[str, int] = {}
     for files in built.values():

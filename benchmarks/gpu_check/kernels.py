@@ -37,8 +37,9 @@ class Kernel:
     spills: instructions that read or write local memory; spills_in_loops: those of them that can run again.
     memory: accesses to global memory by full opcode. instructions: of the whole kernel, loop bodies once and rare
     branches included; main_path: of the shortest way through what makes a kernel out, where that was looked for.
-    elements: of a thread. inexact: words of PTX that an exact kernel cannot have, how often. fused: of SASS,
-    fused multiply-adds of float32; contracted: those that are left when roots and divisions, which are made of them, are approximated; None: not looked at.
+    elements: of a thread. inexact: words of PTX that an exact kernel cannot have, how often. fused: multiply-adds of
+    float32 in one; contracted: those that are left when roots and divisions, which are made of them, are approximated;
+    None: not looked at.
 
     exact: no approximate arithmetic allowed. wide_loads, wide_stores: bytes per element of every array promised to go
     128 bits at a time; narrow: of the others. layouts: different ways in which threads share the elements of float32
@@ -46,7 +47,8 @@ class Kernel:
 
     Of a plan's layer: kind; tile, rows and columns of a program; stored, bytes of an element for each array that gets
     all of the tile, the last one its target unless that is another kernel's; pooled, whether another gets a quarter;
-    residual; joined, whether it counts the programs that are through.
+    residual; joined, whether it counts the programs that are through; copies, of 128 bits that a thread of it starts at
+    least to bring operands to shared memory, before and in the loop.
     """
 
     part: str
@@ -81,6 +83,7 @@ class Kernel:
     pooled: bool = False
     residual: bool = False
     joined: bool = False
+    copies: int = 0
     used: list[str] = dataclasses.field(default_factory=list)
 
     @classmethod

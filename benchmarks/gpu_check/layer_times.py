@@ -122,7 +122,7 @@ def moved(layer: Layer, place: Place) -> float:
 def group_of(candidate: Candidate) -> str:
     """Whose implementation it is: a library's (cuDNN, cuBLAS, oneDNN) with our pointwise op, its convolution with all
     that follows in one pass, Triton's, C++."""
-    if isinstance(candidate, Library):
+    if isinstance(candidate, Library) or candidate.name.startswith("conv2d"):
         return "library"
     if candidate.name.startswith("conv2d, then"):  # its class cannot be imported without Triton
         return "library, one pass"
@@ -132,6 +132,10 @@ def group_of(candidate: Candidate) -> str:
 def of_library(layer: Layer, place: Place) -> list[Candidate]:
     """The library's of what a plan lists."""
     return [one for one in listed(layer, place) if group_of(one) == "library"]
+
+
+def _of_triton(found: list[Candidate]) -> list[Candidate]:
+    return [one for one in found if group_of(one) == "triton"]
 
 
 def all_splits(layer: Layer, place: Place) -> list[Candidate]:
@@ -196,6 +200,10 @@ def timed(
         spots = places(network, n, h, w, stored_dtype(dtype, device), device, packs)
         frame = frame_for(network, n, h, w, device)
         marks = [signature(layer, place) for layer, place in zip(network.layers, spots, strict=True)]
+        if device.type == "cuda" and any(group_of(one) == "triton" for one in which(network.layers[0], spots[0])):
+            from ddpm_fast.inference.gpu import compile_ahead
+
+            compile_ahead(network.layers, spots, frame, lambda *at: _of_triton(which(*at)), marks)
         trials = [fastest(network.layers, spots, frame, which, marks) for _ in range(REPEATS)]
         with setting(torch.backends.cudnn, "benchmark", True):
             sought = fastest(network.layers, spots, frame, of_library, marks)

@@ -11,7 +11,7 @@ MORE = 1.1
 NEVER = (r"\.f64", r"\bfma\.")
 """Words of PTX that no kernel of ours has, approximate or not."""
 
-LAYERS = ("_conv_kernel", "_reduce_kernel", "_norm_kernel", "_rms_norm_kernel")
+LAYERS = ("_conv_kernel", "_reduce_kernel", "_epilogue_kernel", "_norm_kernel", "_rms_norm_kernel")
 """Kernels of a plan that store activations and nothing else."""
 
 
@@ -129,6 +129,8 @@ def _product(kernel: Kernel) -> list[str]:
             found.append("narrow access: no LDG of 128 bits")
     elif kernel.widths("LDGSTS") != {128}:
         found.append(f"operands copied to shared memory {sorted(kernel.widths('LDGSTS'))} bits at a time, 128 promised")
+    if kernel.accesses("LDGSTS", 128) < kernel.copies or 16 in kernel.widths("LDG"):
+        found.append(f"{kernel.accesses('LDGSTS', 128)} asynchronous copies of 128 bits, {kernel.copies} promised")
     if kernel.residual:
         width = _bits(kernel, kernel.stored[-1])
         loaded, stored = kernel.accesses("LDG", width), kernel.accesses("STG", width)

@@ -5,8 +5,8 @@
 
 First the most promising set of options of every case, then the second of every case, and so on. Each is compiled,
 checked against float64 and timed in a process of its own, which may fail or be ended without harm to the others. The
-outcomes are in --store (default: baselines.json beside FILE.json), from which benchmarks/run.py takes the best, compiles
-it anew and times it beside ours.
+outcomes are in --store (default: baselines.json beside FILE.json), from which benchmarks/run.py takes the best,
+compiles it anew and times it beside ours.
 """
 
 from __future__ import annotations
@@ -171,10 +171,13 @@ def search(
 ) -> None:
     """Try what has no outcome yet, as long as there is time."""
     log = findings.out.with_suffix(".children.log")
+    lacking: set[str] = set()  # networks whose package is not here
     end = math.inf if minutes is None else time.monotonic() + 60 * minutes
     for case, options in list(untried(cases, every, store, findings.device, limit)):
         seconds = min(limit, end - time.monotonic())
         what = f"{case.name}, n = {case.n}: " + ", ".join(f"{name}={options.get(name)}" for name in DIFFERENT)
+        if case.network in lacking:
+            continue
         if seconds < min(SHORTEST, limit):
             findings.leave_out(f"{what}: no time left")
             continue
@@ -182,7 +185,8 @@ def search(
         if outcome is None:
             continue
         if outcome["status"] == "missing":
-            findings.leave_out(f"{what}: {outcome['reason']}")
+            lacking.add(case.network)
+            findings.leave_out(f"{case.network}: {outcome['reason']}")
             continue
         if outcome["status"] == "out of time" and seconds < limit:
             findings.leave_out(f"{what}: cut off after {outcome['took_s']:.0f} s, when the time was over")

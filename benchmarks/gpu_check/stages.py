@@ -30,10 +30,15 @@ def module(name: str, *options: str) -> tuple[str, ...]:
     return ("{python}", "-m", f"gpu_check.{name}", "--out", f"{{out}}/{name}.json", *options)
 
 
-def bench(section: str, *options: str) -> tuple[str, ...]:
-    """The command that runs sections of benchmarks/run.py on the GPU."""
-    run = ("{python}", "{root}/benchmarks/run.py", "--device", "cuda", "--minutes", "{minutes}")
+def bench(section: str, *options: str, device: str = "cuda") -> tuple[str, ...]:
+    """The command that runs a section of benchmarks/run.py."""
+    run = ("{python}", "{root}/benchmarks/run.py", "--device", device, "--minutes", "{minutes}")
     return (*run, "--only", section, "--out", f"{{out}}/{section}.json", *options)
+
+
+def rehearsed(command: tuple[str, ...]) -> tuple[str, ...]:
+    """The same with its results in a folder of their own, where nobody takes them for measurements."""
+    return tuple(word.replace("{out}/", "{out}/rehearsal/") for word in command)
 
 
 def tests(*arguments: str) -> tuple[str, ...]:
@@ -136,9 +141,10 @@ DRY_STAGES = (
         "rehearsal",
         "the scripts of the real run at tiny sizes on the CPU, so that no time on a GPU is lost to a slip",
         LONGEST,
-        tuple(
-            tuple(word.replace("{out}/", "{out}/rehearsal/") for word in module(name, "--rehearse"))
-            for name in REHEARSED
+        (
+            *(rehearsed(module(name, "--rehearse")) for name in REHEARSED),
+            rehearsed(bench("sampler", "--n", "1", "--candidates", "F16,E32", "--seconds", "0.2", device="cpu")),
+            rehearsed(module("report", "--rehearse")),
         ),
     ),
 )

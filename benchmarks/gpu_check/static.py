@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 PARTS = ("ops", "layers", "cuda", "plans")
+REHEARSED = ("normal",)
 SAVED_EVERY = 20.0
 """Seconds between two versions of the file."""
 
@@ -99,14 +100,14 @@ def triton_part(part: str, given: argparse.Namespace, until: float, findings: Fi
 
 
 def cuda_part(given: argparse.Namespace, findings: Findings) -> None:
-    """Reads the kernels of csrc/cuda."""
+    """Reads the kernels of csrc/cuda; for a rehearsal those of one op."""
     from . import cuda_kernels
 
     if cuda_kernels.find_nvcc() is None:
         findings.not_done.append("cuda: the PTX was not looked at, there is no nvcc: install the CUDA toolkit")
     with tempfile.TemporaryDirectory() as folder:
         try:
-            findings.add(list(cuda_kernels.kernels(Path(folder), given.jobs)), [])
+            findings.add(list(cuda_kernels.kernels(Path(folder), given.jobs, REHEARSED if given.rehearse else ())), [])
         except RuntimeError as error:
             findings.failures.append(f"cuda: {error}")
 

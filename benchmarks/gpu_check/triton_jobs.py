@@ -80,7 +80,18 @@ def stores(launch: Specialisation) -> dict[str, Any]:
         "pooled": own and given(launch, "pooled_ptr"),
         "residual": own and given(launch, "residual_ptr"),
         "joined": joined,
+        "copies": copies(launch),
     }
+
+
+def copies(launch: Specialisation) -> int:
+    """`Kernel.copies`: both operands of a pass, for each pass in flight and for those in the loop."""
+    constants = launch.constants
+    if launch.kernel.fn.__name__ != "_conv_kernel" or constants.get("KIND") == "first":
+        return 0
+    size = 4 if launch.signature["source_ptr"] == "*fp32" else 2
+    operands = (constants["BLOCK_M"] + constants["BLOCK_N"]) * constants["BLOCK_K"] * size
+    return int(operands // (16 * 32 * launch.options["num_warps"]) * launch.options["num_stages"])
 
 
 def kernel_of(job: Job, made: Any, code: Code) -> Kernel:

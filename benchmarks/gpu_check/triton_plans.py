@@ -17,8 +17,8 @@ from torch import Tensor, nn
 import ddpm_fast
 from ddpm_fast.backends.triton import aot
 from ddpm_fast.backends.triton.conv_output import Output as OutputLaunch
+from ddpm_fast.inference import gpu_layers, gpu_library
 from ddpm_fast.inference.candidate import Frame, Packs
-from ddpm_fast.inference.gpu_layers import listed
 from ddpm_fast.inference.known import read
 from ddpm_fast.inference.network import Output
 from ddpm_fast.inference.plan import places, signature
@@ -85,7 +85,8 @@ def recorded(network: Any, plan: Plan) -> Iterator[tuple[str, aot.Specialisation
         if mark in seen:
             continue
         seen.add(mark)
-        for candidate in listed(layer, plan.n, place.h, place.w, dtype, *GPUS[plan.capability]):
+        own = gpu_layers.listed(layer, plan.n, place.h, place.w, dtype, *GPUS[plan.capability])
+        for candidate in [*own, *gpu_library.listed(layer, plan.n, place.h, place.w)]:
             with aot.recorded() as launches:
                 candidate.prepare(layer, place)(frame)
             for launch in launches:

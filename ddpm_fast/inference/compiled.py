@@ -37,7 +37,7 @@ class Compiled:
 
     Made by `ddpm_fast.inference.compile`, which says what the arguments mean. The model stays the caller's: it is read,
     never written to, and its weights are watched (see `refresh`). Results carry no gradients. Calls from several
-    threads take turns.
+    threads take turns; on a GPU they have to be on one stream, for the buffers of a plan are shared.
     """
 
     def __init__(

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Sequence
 
 import torch
 from torch import Tensor
@@ -41,17 +41,25 @@ def candidates(layer: Layer, n: int, h: int, w: int, dtype: torch.dtype, device:
     return [*found, *gpu_library.listed(layer, n, h, w)]
 
 
-def compile_ahead(work: Iterable[tuple[Candidate, Layer, Place]], frame: Frame) -> None:
-    """Compiles the kernels of all these at once. One by one, when each is first run, a plan takes a minute to make.
+def compile_ahead(
+    layers: Sequence[Layer],
+    places: Sequence[Place],
+    frame: Frame,
+    listed: Callable[[Layer, Place], list[Candidate]],
+    marks: Sequence[Hashable],
+) -> None:
+    """Compiles what a trial of these arguments would, all at once: one by one, when each is first run, takes minutes.
 
-    What cannot serve is passed over: the trial will say so.
+    listed: of ours only, for others would be run. What cannot serve is passed over: the trial will say so.
     """
     from ..backends.triton.launch import compiling_ahead
 
+    different = {mark: (layer, place) for layer, place, mark in zip(layers, places, marks, strict=True)}
     with compiling_ahead() as can:
-        for candidate, layer, place in work if can else ():
-            with contextlib.suppress(RuntimeError, ValueError, NotImplementedError):
-                candidate.prepare(layer, place)(frame)
+        for layer, place in different.values() if can else ():
+            for candidate in listed(layer, place):
+                with contextlib.suppress(RuntimeError, ValueError, NotImplementedError):
+                    candidate.prepare(layer, place)(frame)
 
 
 @functools.cache

@@ -282,8 +282,12 @@ def _linear(layer: Layer, place: Place) -> Bound:
     assert target is not None
     c = source.shape[3]
     weight, bias = packed(layer, place, "linear", lambda w: w.T), bias_of(layer, place)
+    whole = target.view(-1, target.shape[3]) if residual is None and target.is_contiguous() else None
 
     def run(frame: Frame) -> None:
+        if whole is not None:
+            torch.addmm(bias, source.reshape(-1, c), weight, out=whole)
+            return
         y = torch.addmm(bias, source.reshape(-1, c), weight).view(target.shape)
         if residual is None:
             target.copy_(y)

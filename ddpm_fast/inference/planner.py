@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Hashable
 from typing import Any
 
 import torch
 
 from . import native
-from .candidate import Bound, Frame, Packs, Place
+from .candidate import Bound, Candidate, Frame, Packs, Place
 from .check import serving, tf32_allowed
 from .ending import gpu, paying_step
 from .library import onednn_works
@@ -59,8 +58,15 @@ def make(
     key = (marks, stored, dtype, str(device), *around)
     known = None if deterministic else _measured.get(key)
     tried = min(n, max(1, TRIED_PIXELS // (h * w))) if device.type == "cpu" else n
-    if known is None and device.type == "cuda":
-        _compile_ahead(network, spots, frame, marks, 1 if deterministic else None)
+    kernels = gpu() if known is None and device.type == "cuda" else None
+    if kernels is not None:
+        most = 1 if deterministic else None
+
+        def ours(layer: Layer, place: Place) -> list[Candidate]:
+            found: list[Candidate] = kernels.candidates(layer, n, place.h, place.w, stored, device)
+            return found[:most]
+
+        kernels.compile_ahead(network.layers, spots, frame, ours, marks)
     if deterministic:
         choices = _first(network, spots, frame)
     elif known is None and n > tried:
@@ -86,22 +92,6 @@ def make(
         plan.run(frame.x, frame.out, frame.time_table, frame.time_rows)
         plan.step = paying_step(network.layers[-1], spots[-1], bounds[-1], frame)
     return plan
-
-
-def _compile_ahead(
-    network: Network, spots: list[Place], frame: Frame, marks: tuple[Hashable, ...], most: int | None
-) -> None:
-    """The kernels of the candidates, or of the first `most` of each layer, where they have to be compiled."""
-    kernels = gpu()
-    if kernels is None:
-        return
-    different = {mark: (layer, spot) for layer, spot, mark in zip(network.layers, spots, marks, strict=True)}
-    work = [
-        (candidate, layer, spot)
-        for layer, spot in different.values()
-        for candidate in kernels.candidates(layer, spot.n, spot.h, spot.w, spot.dtype, spot.device)[:most]
-    ]
-    kernels.compile_ahead(work, frame)
 
 
 def _faster(plan: Plan, frame: Frame, modules: list[Module]) -> Module | None:

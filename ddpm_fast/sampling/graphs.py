@@ -17,6 +17,7 @@ import threading
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
+from typing import Literal
 
 import torch
 
@@ -42,9 +43,11 @@ _one_at_a_time = threading.RLock()  # torch records one graph at a time in a pro
 
 
 @functools.cache
-def _capture_stream(device: torch.device) -> torch.cuda.Stream:
-    """Where graphs of this device are recorded. torch.cuda.graph's own stream is of the GPU that was current when the
-    first graph was recorded: on another GPU nothing would be recorded, and replays would do nothing.
+def _stream(device: torch.device, use: Literal["warm-up", "capture"]) -> torch.cuda.Stream:
+    """One for each use on a device: cuBLAS keeps tens of MB for every stream that it has seen.
+
+    torch.cuda.graph's own stream is of the GPU that was current when the first graph was recorded: on another GPU
+    nothing would be recorded, and replays would do nothing.
     """
     return torch.cuda.Stream(device)
 
@@ -66,7 +69,7 @@ def capture(loop: Loop) -> Replay:
     """Record `loop.step` and return what replays it. Runs a few steps first: load the loop again afterwards."""
     device = loop.plan.device
     with torch.cuda.device(device), _casting_anew():
-        beside = torch.cuda.Stream(device)
+        beside = _stream(device, "warm-up")
         beside.wait_stream(torch.cuda.current_stream(device))
         try:
             with torch.cuda.stream(beside):
@@ -89,7 +92,7 @@ def record(loop: Loop, steps: int) -> Replay:
     graph = torch.cuda.CUDAGraph()
     failed: BaseException | None = None
     with _one_at_a_time, torch.cuda.device(device), _casting_anew():
-        before, beside = torch.cuda.current_stream(device), _capture_stream(device)
+        before, beside = torch.cuda.current_stream(device), _stream(device, "capture")
         try:
             # Other threads, a data loader's for one, may go on talking to the device meanwhile.
             with torch.cuda.graph(graph, stream=beside, capture_error_mode="thread_local"):
@@ -99,8 +102,8 @@ def record(loop: Loop, steps: int) -> Replay:
                 except BaseException as error:
                     failed = error  # which says more than that the capture cannot be ended
         except BaseException as error:
-            torch.cuda.set_stream(before)  # torch.cuda.graph stays on its own where it fails to begin or end
             _end_failed_capture(device)
+            torch.cuda.set_stream(before)  # torch.cuda.graph stays on its own where it fails to begin or end
             raise (failed or error) from None
         if failed is not None:
             raise failed
@@ -110,7 +113,7 @@ def record(loop: Loop, steps: int) -> Replay:
 
 def _end_failed_capture(device: torch.device) -> None:
     """A capture that ends well: after one that did not, torch.randn on the device would go on raising."""
-    with contextlib.suppress(RuntimeError), torch.cuda.graph(torch.cuda.CUDAGraph(), stream=_capture_stream(device)):
+    with contextlib.suppress(RuntimeError), torch.cuda.graph(torch.cuda.CUDAGraph(), stream=_stream(device, "capture")):
         torch.zeros(1, device=device)
 
 

@@ -5,7 +5,7 @@ import math
 import os
 import struct
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
 from typing import Any
@@ -86,12 +86,26 @@ def compiling_ahead() -> Iterator[bool]:
         yield False
         return
     processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    with ThreadPoolExecutor(processors) as threads, mode(threads, ignore_errors=True):
-        before = _ahead.set(True)
-        try:
-            yield True
-        finally:
-            _ahead.reset(before)
+    with ThreadPoolExecutor(processors) as threads:
+        with mode(threads, ignore_errors=True) as compiling:
+            before = _ahead.set(True)
+            try:
+                yield True
+            finally:
+                _ahead.reset(before)
+        _build_launchers(threads, [future.kernel for future in compiling.future_kernels.values()])
+
+
+def _build_launchers(threads: ThreadPoolExecutor, kernels: Sequence[Any]) -> None:
+    """Has the C compiler make what launches the kernels, half a second for each sort of arguments, now and at once.
+
+    Triton does it when a kernel is first launched, and finds these on disk then. What fails, fails again there.
+    """
+    with contextlib.suppress(AttributeError):  # of a Triton that does it otherwise
+        make = triton.runtime.driver.active.launcher_cls
+        sorts = {tuple(kernel.src.signature.items()): kernel for kernel in kernels if kernel is not None}
+        for building in [threads.submit(make, kernel.src, kernel.metadata) for kernel in sorts.values()]:
+            building.exception()
 
 
 def launch(kernel: Any, grid: tuple[int, ...], on: Tensor, *args: Any, **constants: Any) -> None:
@@ -107,7 +121,7 @@ def launch(kernel: Any, grid: tuple[int, ...], on: Tensor, *args: Any, **constan
                 _call(kernel, grid, args, options)
         else:
             _call(kernel, grid, args, options)
-    except (TritonError, subprocess.SubprocessError, OSError) as error:  # the latter two of its C compiler and ptxas
+    except (TritonError, AssertionError, subprocess.SubprocessError, OSError) as error:  # also of its compilers
         raise RuntimeError(f"Triton cannot run {kernel.__name__}: {error}") from error
 
 
