@@ -1,10 +1,11 @@
-"""What the compilers make of the Triton and CUDA kernels, executed on the CPU and compared with the reference; needs no GPU.
+"""What the compilers make of the kernels, executed on the CPU and compared with the reference; needs no GPU.
 
     python -m gpu_check.compiled_code --out FILE.json [--all] [--rehearse] [--minutes M]
 
-Every op and the layers of the fused plans are compiled for sm_90 and sm_80, as they would be launched, and the PTX runs
-in gpu_check/ptx, which watches every access; with nvcc so do the ops' CUDA kernels, for sm_90. What NVIDIA's assembler makes of the PTX, and how fast it is, stays to be
-seen on a GPU. --all: every candidate of every layer, overlapping launches, more layers. --rehearse: a few of each.
+Every op and the layers of the fused plans are compiled by Triton for sm_90 and sm_80, as they would be launched, and
+the PTX runs in gpu_check/ptx, which watches every access; with nvcc so do the ops' CUDA kernels, for sm_90. What
+NVIDIA's assembler makes of the PTX, and how fast it is, stays to be seen on a GPU. --all: every candidate of every
+layer, overlapping launches, more layers. --rehearse: a few of each.
 """
 
 from __future__ import annotations
