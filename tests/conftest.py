@@ -114,10 +114,10 @@ def _use_shim(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native, "_target", lambda x: (0, 0))
 
 
-if PTX:
-    SERVED = [pytest.param(("triton", "cpu"), id="triton-ptx")]
-elif ONLY_SHIM:
+if ONLY_SHIM:
     SERVED = [pytest.param(("native", "cpu"), id="cuda_on_cpu")]
+elif PTX:
+    SERVED = [pytest.param(("triton", "cpu"), id="triton-ptx")]
 else:
     SERVED = [
         pytest.param(("native", "cpu"), id="native"),
@@ -144,10 +144,16 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
 
 @pytest.fixture(autouse=bool(PTX))
 def compiled_kernels(monkeypatch: pytest.MonkeyPatch, module: Callable[[str], Any]) -> Iterator[None]:
-    """With DDPM_FAST_TEST_PTX, what the Triton kernels are compiled to serves CPU tensors."""
-    ptx = module("gpu_check.ptx")
+    """With DDPM_FAST_TEST_PTX, what the kernels are compiled to serves CPU tensors: those of Triton, or those of the
+    module that gpu_check.ptx.cuda has built, where DDPM_FAST_SHIM_MODULE names it."""
+    if ONLY_SHIM:
+        cuda = module("gpu_check.ptx.cuda")
+        cuda.load_ptx(Path(str(SHIM)))
+        with cuda.watch():
+            yield
+        return
     monkeypatch.setattr("ddpm_fast.backends.triton.unavailable_reason", lambda device: None)
-    with ptx.launches(PTX):
+    with module("gpu_check.ptx").launches(PTX):
         yield
 
 

@@ -1,19 +1,23 @@
-"""What the compiler makes of the Triton kernels, executed on the CPU and compared with the reference; needs no GPU.
+"""What the compilers make of the kernels, executed on the CPU and compared with the reference; needs no GPU.
 
     python -m gpu_check.compiled_code --out FILE.json [--all] [--rehearse] [--minutes M]
 
-Every op and the layers of the fused plans are compiled for sm_90 and sm_80, as they would be launched, and the PTX runs
-in gpu_check/ptx, which watches every access. What NVIDIA's assembler makes of the PTX, and how fast it is, stays to be
-seen on a GPU. --all: every candidate of every layer, overlapping launches, more layers. --rehearse: a few of each.
+Every op and the layers of the fused plans are compiled by Triton for sm_90 and sm_80, as they would be launched, and
+the PTX runs in gpu_check/ptx, which watches every access; with nvcc so do the ops' CUDA kernels, for sm_90. What
+NVIDIA's assembler makes of the PTX, and how fast it is, stays to be seen on a GPU. --all: every candidate of every
+layer, overlapping launches, more layers. --rehearse: a few of each.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -53,6 +57,25 @@ def op_row(case: compiled_ops.OpCase, capability: int) -> list[dict[str, Any]]:
     return [_row(case.name, capability, wrong, done) | {"exact": case.exact}]
 
 
+def cuda_row(case: compiled_ops.OpCase, capability: int) -> list[dict[str, Any]]:
+    """An op by the CUDA kernels, as nvcc compiles them, beside the reference's answer."""
+    from ddpm_fast.backends import native, native_batch_norm, native_norm, native_rms_norm, reference
+
+    from .ptx import cuda
+
+    functions: dict[str, Any] = {}
+    for module in (native_batch_norm, native_norm, native_rms_norm, native):
+        functions |= vars(module)
+    with cuda.as_native(capability) as done:
+        got = case.call(SimpleNamespace(**functions))
+        wrong = None if done else "no kernel was launched"
+        row = _row(f"{case.name}, CUDA", capability, wrong, done)
+    wrong = wrong or case.difference(got, case.call(reference))
+    if wrong is None and row["approximate"]:
+        wrong = f"instructions that a GPU rounds in its own way: {', '.join(row['approximate'])}"
+    return [row | {"wrong": wrong, "exact": case.exact}]
+
+
 def layer_rows(
     case: compiled_layers.LayerCase, capability: int, count: int | None, overlap: bool
 ) -> list[dict[str, Any]]:
@@ -66,6 +89,15 @@ def layer_rows(
         | {"error": one["error"]}
         for one in found
     ]
+
+
+def cuda_missing() -> str | None:
+    """What is missing to compile the CUDA kernels, or None."""
+    if shutil.which("nvcc") is None:
+        return "nvcc is not on the PATH: it comes with the CUDA toolkit"
+    if importlib.util.find_spec("pybind11") is None:
+        return "pybind11 is not installed: pip install pybind11"
+    return None
 
 
 def _row(name: str, capability: int, wrong: str | None, done: list[Any]) -> dict[str, Any]:
@@ -93,6 +125,12 @@ def work(findings: Findings, everything: bool) -> list[str]:
             if not few or layer.name in REHEARSED_LAYERS:
                 arguments = (layer, capability, None if everything else 1, everything and capability >= 90)
                 tasks.append((f"{layer.name} for sm_{capability}", layer_rows, arguments))
+    if not few:
+        if missing := cuda_missing():
+            findings.leave_out(f"the CUDA kernels: {missing}")
+        else:
+            cuda_cases = compiled_ops.cases()
+            tasks += [(f"{case.name}, CUDA", cuda_row, (case, CAPABILITIES[0])) for case in cuda_cases]
     rows: list[dict[str, Any]] = []
     began = time.monotonic()
     for name, function, given in tasks:

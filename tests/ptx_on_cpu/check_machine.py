@@ -206,7 +206,7 @@ def test_faults(instructions, message, monkeypatch):
         ("add.s32 %r10, %rd1, %r2;", "register %rd1 has 8 bytes, the instruction takes 4"),
         ("add.s32 %r10, %r2;", "2 operands, expected 3"),
         ("add.s32 %r10, %r2, %r2000;", "operand '%r2000'"),
-        (".local .b8 depot[16];", "a directive"),
+        (".const .b8 table[16];", "a directive"),
     ],
 )
 def test_what_is_unknown_is_an_error(instructions, message):

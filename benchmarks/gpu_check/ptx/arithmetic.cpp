@@ -68,6 +68,15 @@ uint32_t permuted(uint32_t a, uint32_t b, uint32_t selection) {
   return result;
 }
 
+// The low bits of a in place of b's field.
+uint32_t inserted(uint32_t a, uint32_t b, uint32_t position, uint32_t length) {
+  position &= 255;
+  length &= 255;
+  if (position >= 32 || length == 0) return b;
+  const uint32_t mask = (length >= 32 ? ~0u : (1u << length) - 1) << position;
+  return (b & ~mask) | (a << position & mask);
+}
+
 uint32_t logic(uint32_t a, uint32_t b, uint32_t c, uint32_t table) {
   uint32_t result = 0;
   for (int i = 0; i < 8; ++i)
@@ -172,6 +181,8 @@ void floats(Table& t) {
   t["neg.f32"] = elementwise<f, f>([](f a) { return -a; });
   t["abs.f32"] = elementwise<f, f>([](f a) { return std::fabs(a); });
   t["max.f32"] = elementwise<f, f, f>(Of<larger>{});
+  t["max.NaN.f32"] = elementwise<f, f, f>([](f a, f b) { return a != a || b != b ? NAN : larger(a, b); });
+  t["min.NaN.f32"] = elementwise<f, f, f>([](f a, f b) { return a != a || b != b ? NAN : smaller(a, b); });
   t["min.f32"] = elementwise<f, f, f>(Of<smaller>{});
   t["ex2.approx.f32"] = elementwise<f, f>([](f a) { return static_cast<f>(std::exp2(static_cast<double>(a))); });
   t["lg2.approx.f32"] = elementwise<f, f>([](f a) { return static_cast<f>(std::log2(static_cast<double>(a))); });
@@ -212,6 +223,7 @@ void add_arithmetic(Table& t) {
   floats(t);
   t["prmt.b32"] = elementwise<uint32_t, uint32_t, uint32_t, uint32_t>(Of<permuted>{});
   t["lop3.b32"] = elementwise<uint32_t, uint32_t, uint32_t, uint32_t, uint32_t>(Of<logic>{});
+  t["bfi.b32"] = elementwise<uint32_t, uint32_t, uint32_t, uint32_t, uint32_t>(Of<inserted>{});
   t["shf.l.wrap.b32"] = elementwise<uint32_t, uint32_t, uint32_t, uint32_t>([](uint32_t a, uint32_t b, uint32_t n) {
     return static_cast<uint32_t>((static_cast<uint64_t>(b) << 32 | a) << (n & 31) >> 32);
   });

@@ -81,7 +81,14 @@ def library() -> ctypes.CDLL:
     lib = ctypes.CDLL(str(build()))
     lib.ptx_name.restype = lib.ptx_signature.restype = ctypes.c_char_p
     lib.ptx_program.restype = ctypes.c_void_p
-    lib.ptx_program.argtypes = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p)
+    lib.ptx_program.argtypes = (
+        ctypes.c_void_p,
+        ctypes.c_int64,
+        ctypes.c_void_p,
+        ctypes.c_int64,
+        ctypes.c_void_p,
+        ctypes.c_uint64,
+    )
     lib.ptx_free_program.argtypes = (ctypes.c_void_p,)
     lib.ptx_free_program.restype = None
     lib.ptx_run.restype = ctypes.c_int64

@@ -133,6 +133,8 @@ void add_conversions(Table& t) {
   floats_from<int16_t>(t, "s16");
   floats_from<uint32_t>(t, "u32");
   floats_from<int32_t>(t, "s32");
+  floats_from<int64_t>(t, "s64");
+  floats_from<uint64_t>(t, "u64");
   floats_to<uint32_t>(t, "u32");
   floats_to<int32_t>(t, "s32");
   t["cvt.f32.bf16"] = elementwise<float, uint16_t>(Of<from_bfloat16>{});

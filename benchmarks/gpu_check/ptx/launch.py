@@ -46,7 +46,7 @@ class Launched:
 program_of = functools.lru_cache(maxsize=256)(parse)
 
 
-class _Arrays:
+class Arrays:
     """The arrays of a launch, each as large as its elements reach, in an address space of its own."""
 
     def __init__(self) -> None:
@@ -54,6 +54,26 @@ class _Arrays:
         self.storages: dict[int, int] = {}
         self.sizes: list[int] = []
         self.kept: list[Any] = []
+
+    @classmethod
+    def at_their_places(cls, tensors: list[Tensor]) -> Arrays:
+        """The storages of these tensors where they lie in this process."""
+        arrays = cls()
+        for x in sorted(tensors, key=lambda x: x.untyped_storage().data_ptr()):
+            storage = x.untyped_storage()
+            if storage.nbytes():
+                arrays.storages[storage.data_ptr()] = len(arrays.sizes)
+                label = f"a {str(x.dtype).removeprefix('torch.')} array of {storage.nbytes()} bytes".encode()
+                arrays.kept += [x, label]
+                place = storage.data_ptr()
+                arrays.regions.append(Region(place, storage.nbytes(), place, None, len(arrays.sizes), 0, label))
+                arrays.sizes.append(storage.nbytes())
+        return arrays
+
+    def bytes(self) -> list[Tensor]:
+        """The memory behind all arrays."""
+        found = {x.untyped_storage().data_ptr(): x.untyped_storage() for x in self.kept if isinstance(x, Tensor)}
+        return [torch.empty(0, dtype=torch.uint8).set_(found[place]) for place in self.storages if place in found]
 
     def add(self, name: str, x: Tensor) -> int:
         """The address of the first element as the kernel sees it, aligned as it is here."""
@@ -85,32 +105,43 @@ def execute(
     """Run a program over a grid. values: (name, tensor or int) of every parameter but those at the end that Triton
     adds, which are null. overlaps: with the kernel before it, as programmatic dependent launch lets it. Returns the
     count of instructions and the hazards; Fault where something is wrong."""
-    arrays = _Arrays()
+    arrays = Arrays()
     block = bytearray(8 * len(program.parameters))
     for (at, size), (name, value) in zip(program.parameters, values, strict=False):
         number = arrays.add(name, value) if isinstance(value, Tensor) else value
         struct.pack_into({4: "<I", 8: "<Q"}[size], block, at, number & (1 << 8 * size) - 1)
-    storages = {x.untyped_storage().data_ptr(): x.untyped_storage() for _, x in values if isinstance(x, Tensor)}
-    before = [storage.clone() for storage in storages.values()]
-    count, hazards = _run(program, arrays, bytes(block), grid, shared, 2 * overlaps)
+    return _both_ways(program, arrays, bytes(block), grid, program.threads, shared, 2 * overlaps)
+
+
+def execute_at(
+    program: Program, arrays: Arrays, block: bytes, grid: tuple[int, ...], threads: int, shared: int
+) -> tuple[int, list[str]]:
+    """Run a program with arrays at their places in this process and parameters as bytes; results as of `execute`."""
+    return _both_ways(program, arrays, block, grid, threads, shared, 4)
+
+
+def _both_ways(
+    program: Program, arrays: Arrays, block: bytes, grid: tuple[int, ...], threads: int, shared: int, flags: int
+) -> tuple[int, list[str]]:
+    """Run; where there are hazards, run again in the opposite order and compare all memory."""
+    memory = arrays.bytes()
+    before = [x.clone() for x in memory]
+    count, hazards = _run(program, arrays, block, grid, threads, shared, flags)
     if hazards:
-        after = [storage.clone() for storage in storages.values()]
-        for storage, old in zip(storages.values(), before, strict=True):
-            storage.copy_(old)
-        _run(program, arrays, bytes(block), grid, shared, 2 * overlaps + 1)
-        for storage, other in zip(storages.values(), after, strict=True):
-            if not torch.equal(_bytes(storage), _bytes(other)):
-                raise Fault(f"{program.name}: its results depend on the order of blocks and warps; {hazards[0]}")
+        after = [x.clone() for x in memory]
+        for x, old in zip(memory, before, strict=True):
+            x.copy_(old)
+        _run(program, arrays, block, grid, threads, shared, flags + 1)
+        if not all(torch.equal(x, other) for x, other in zip(memory, after, strict=True)):
+            raise Fault(f"{program.name}: its results depend on the order of blocks and warps; {hazards[0]}")
     return count, hazards
 
 
-def _bytes(storage: torch.UntypedStorage) -> Tensor:
-    return torch.empty(0, dtype=torch.uint8).set_(storage)
-
-
 def _run(
-    program: Program, arrays: _Arrays, block: bytes, grid: tuple[int, ...], shared: int, flags: int
+    program: Program, arrays: Arrays, block: bytes, grid: tuple[int, ...], threads: int, shared: int, flags: int
 ) -> tuple[int, list[str]]:
+    if threads % 32:
+        raise Fault(f"{program.name}: blocks of {threads} threads; the machine takes whole warps of 32")
     message = ctypes.create_string_buffer(2000)
     result = library().ptx_run(
         program.handle,
@@ -121,7 +152,7 @@ def _run(
         block,
         len(block),
         (ctypes.c_uint32 * 3)(*grid, *([1] * (3 - len(grid)))),
-        program.threads,
+        threads,
         shared,
         LIMIT,
         flags,

@@ -10,6 +10,7 @@ namespace ptx {
 struct Program {
   std::vector<Instruction> instructions;
   std::vector<int64_t> operands;
+  uint64_t local = 0;             // bytes of a lane's own memory
   std::vector<uint8_t> file;      // a warp's registers as they begin, constants among them
   std::vector<int64_t> specials;  // where tid x y z, ctaid x y z, ntid x y z, nctaid x y z, laneid lie, or -1
 };
@@ -53,7 +54,7 @@ void add_path(Warp& w, int at, uint32_t lanes) {
   w.paths.push_back({at, lanes});
 }
 
-// Until every lane waits or has ended.
+// Until every lane waits or has ended. Lanes that have parted: the smallest address first.
 void run_warp(Warp& w, const Program& program, uint64_t& left) {
   while (!w.paths.empty()) {
     const auto first = std::min_element(w.paths.begin(), w.paths.end(), [](auto& a, auto& b) { return a.at < b.at; });
@@ -89,14 +90,17 @@ void run_warp(Warp& w, const Program& program, uint64_t& left) {
         path.lanes &= ~lanes;
         ++path.at;
       } else {
-        if (lanes != w.alive) fail("bar.sync in a part of a warp");
-        w.waiting = lanes;
+        // Lanes that are elsewhere may still come here.
+        if (w.waiting != 0 && w.resume != path.at + 1) fail("bar.sync in a part of a warp");
+        w.waiting |= lanes;
         w.barrier = static_cast<int>(i.o[0]);
         w.resume = path.at + 1;
-        return;
+        path.lanes &= ~lanes;
+        ++path.at;
       }
     }
   }
+  if (w.waiting != 0 && w.waiting != w.alive) fail("bar.sync in a part of a warp");
 }
 
 void run_block(Block& block, const Program& program, uint64_t& left) {
@@ -170,6 +174,7 @@ void run(const Program& program, Launch& launch, uint64_t shared, uint64_t limit
       w.block = &block;
       w.number = static_cast<int>(n);
       w.file = program.file;
+      w.local.assign(program.local * LANES, 0xBD);
       w.paths.assign(1, {0, ALL});
       w.waiting = 0, w.alive = ALL, w.synced = 0, w.fenced = 0, w.waited = 0;
       w.copies.assign(1, {});
@@ -204,12 +209,13 @@ const char* ptx_signature(int k) { return ptx::entries()[static_cast<size_t>(k)]
 
 // code: for each instruction its entry, guard (offset or -1), whether that is negated, count of operands, operands.
 void* ptx_program(
-    const int64_t* code, int64_t length, const uint8_t* file, int64_t file_size, const int64_t* specials
+    const int64_t* code, int64_t length, const uint8_t* file, int64_t file_size, const int64_t* specials, uint64_t local
 ) {
   auto* program = new ptx::Program;
   program->operands.assign(code, code + length);
   program->file.assign(file, file + file_size);
   program->specials.assign(specials, specials + 13);
+  program->local = local;
   const int64_t* at = program->operands.data();
   const int64_t* end = at + length;
   while (at < end) {
@@ -241,7 +247,8 @@ struct PtxRegion {
 };
 
 // Runs a launch; the number of instructions run by warps, and races in global memory as the message, a line each; or
-// -1 - the instruction that failed, with a message. flags: 1 backwards, 2 overlaps.
+// -1 - the instruction that failed, with a message. flags: 1 backwards, 2 overlaps,
+// 4 real addresses.
 int64_t ptx_run(
     const void* program, const PtxRegion* regions, int count, const uint64_t* shadow_sizes, int shadows,
     const uint8_t* parameters, int64_t parameter_size, const uint32_t* grid, uint32_t threads, uint64_t shared,
@@ -262,6 +269,7 @@ int64_t ptx_run(
   launch.threads = threads;
   launch.backwards = (flags & 1) != 0;
   launch.overlaps = (flags & 2) != 0;
+  launch.real_addresses = (flags & 4) != 0;
   try {
     ptx::run(*static_cast<const ptx::Program*>(program), launch, shared, limit);
   } catch (const std::exception& error) {

@@ -85,6 +85,7 @@ struct Warp {
   Block* block = nullptr;
   int number = 0;
   std::vector<uint8_t> file;
+  std::vector<uint8_t> local;  // memory of each lane's own
   std::vector<Path> paths;
   uint32_t waiting = 0;  // lanes at a barrier
   int barrier = 0, resume = 0;
@@ -116,6 +117,7 @@ struct Launch {
   uint32_t threads = 0;
   uint32_t time = 1;
   bool backwards = false;             // blocks and warps in the opposite order
+  bool real_addresses = false;        // of the arrays, which are sorted by them
   bool overlaps = false;              // with the end of the kernel before it, until griddepcontrol.wait
   std::map<uint64_t, View> released;  // by atomics at an address
   std::vector<std::string> hazards;   // races in global memory
@@ -156,7 +158,7 @@ inline void set_any_register(Warp& w, int64_t operand, int lane, uint64_t value)
   }
 }
 
-// Memory (memory.cpp). `async`: by cp.async or wgmma, not from or to registers.
+// Memory (memory.cpp, watch.cpp). `async`: by cp.async or wgmma, not from or to registers.
 void touch_read(Warp& w, int lane, Shadow& shadow, uint64_t at, uint64_t size, const char* where, bool async = false);
 void touch_write(
     Warp& w, int lane, Shadow& shadow, uint64_t at, const uint8_t* old, const uint8_t* now, uint64_t size,

@@ -13,27 +13,41 @@ namespace {
 enum Mode { BUTTERFLY, INDEX, UP, DOWN };
 
 // d = a of another lane; b: which, c: the segment, then the lanes that take part.
-template <Mode mode>
+// PREDICATE: a second result, whether it was another's (or its own by right).
+template <Mode mode, bool PREDICATE>
 void shuffle(Warp& w, const Instruction& i, uint32_t lanes) {
-  const uint32_t *a = w.reg<uint32_t>(i.o[1]), *b = w.reg<uint32_t>(i.o[2]), *c = w.reg<uint32_t>(i.o[3]);
-  const uint32_t* members = w.reg<uint32_t>(i.o[4]);
-  uint32_t result[LANES];
+  const int64_t* o = i.o + PREDICATE;
+  const uint32_t *a = w.reg<uint32_t>(o[1]), *b = w.reg<uint32_t>(o[2]), *c = w.reg<uint32_t>(o[3]);
+  const uint32_t* members = w.reg<uint32_t>(o[4]);
+  uint32_t result[LANES], inside = 0;
   for (int lane = 0; lane < LANES; ++lane) {
     if (!(lanes >> lane & 1)) continue;
     if ((members[lane] & w.alive & ~lanes) != 0) fail_lane(w, lane, "shfl.sync without all of its lanes");
     const int clamp = c[lane] & 31, segment = c[lane] >> 8 & 31, by = b[lane] & 31;
     const int last = (lane & segment) | (clamp & ~segment & 31), first = lane & segment;
-    int from = lane;
-    if (mode == BUTTERFLY) from = (lane ^ by) <= last ? lane ^ by : lane;
-    if (mode == INDEX) from = (first | (by & ~segment & 31)) <= last ? first | (by & ~segment & 31) : lane;
-    if (mode == UP) from = lane - by >= last ? lane - by : lane;
-    if (mode == DOWN) from = lane + by <= last ? lane + by : lane;
+    int from = lane ^ by;
+    if (mode == INDEX) from = first | (by & ~segment & 31);
+    if (mode == UP) from = lane - by;
+    if (mode == DOWN) from = lane + by;
+    const bool valid = mode == UP ? from >= last : from <= last;
+    inside |= static_cast<uint32_t>(valid) << lane;
+    if (!valid) from = lane;
     if (!(lanes >> from & 1)) fail_lane(w, lane, "shfl.sync from a lane that does not take part");
     result[lane] = a[from];
   }
   uint32_t* d = w.reg<uint32_t>(i.o[0]);
   for (int lane = 0; lane < LANES; ++lane)
     if (lanes >> lane & 1) d[lane] = result[lane];
+  if (PREDICATE) {
+    uint32_t* p = w.reg<uint32_t>(i.o[1]);
+    *p = (*p & ~lanes) | (inside & lanes);
+  }
+}
+
+template <Mode mode>
+void add_shuffle(Table& t, const std::string& name) {
+  t["shfl.sync." + name + ".b32"] = {&shuffle<mode, false>, "wwwww"};
+  t["shfl.sync." + name + ".b32.p"] = {&shuffle<mode, true>, "wpwwww"};
 }
 
 template <class T, bool LARGEST>
@@ -260,10 +274,10 @@ void add_wgmmas(Table& t) {
 }  // namespace
 
 void add_matrices(Table& t) {
-  t["shfl.sync.bfly.b32"] = {&shuffle<BUTTERFLY>, "wwwww"};
-  t["shfl.sync.idx.b32"] = {&shuffle<INDEX>, "wwwww"};
-  t["shfl.sync.up.b32"] = {&shuffle<UP>, "wwwww"};
-  t["shfl.sync.down.b32"] = {&shuffle<DOWN>, "wwwww"};
+  add_shuffle<BUTTERFLY>(t, "bfly");
+  add_shuffle<INDEX>(t, "idx");
+  add_shuffle<UP>(t, "up");
+  add_shuffle<DOWN>(t, "down");
   t["redux.sync.max.s32"] = {&reduce<int32_t, true>, "www"};
   t["redux.sync.min.s32"] = {&reduce<int32_t, false>, "www"};
   t["redux.sync.max.u32"] = {&reduce<uint32_t, true>, "www"};

@@ -1,5 +1,4 @@
-// Loads, stores, asynchronous copies, and what keeps watch over them: bounds, alignment, races, copies that are still
-// on their way.
+// Loads, stores, asynchronous copies and atomics, inside arrays and aligned.
 #include <algorithm>
 
 #include "machine.h"
@@ -9,37 +8,15 @@ namespace {
 
 std::string bytes_text(uint64_t size) { return std::to_string(size) + (size == 1 ? " byte" : " bytes"); }
 
-// Whether everything that `thread` did up to `time` comes before what this lane does now.
-bool before_now(const Warp& w, int lane, uint32_t thread, uint32_t time, Shadow::Readers how = Shadow::ONE_THREAD) {
-  const uint32_t mine = w.thread(lane), threads = w.block->launch->threads;
-  if (how == Shadow::ONE_THREAD && thread == mine) return true;
-  if (how == Shadow::MANY_BLOCKS) return false;
-  if ((thread - 1) / threads != w.block->number) {
-    const auto sees = [&](const View& view) {
-      const auto found = view.find((thread - 1) / threads);
-      return found != view.end() && found->second >= time;
-    };
-    const auto own = w.block->acquired.find(mine);
-    return sees(w.block->view) || (own != w.block->acquired.end() && sees(own->second));
-  }
-  if (time <= w.block->released) return true;
-  return how != Shadow::ONE_BLOCK && (thread - 1) / LANES == (mine - 1) / LANES && time <= w.synced;
-}
-
-// In shared memory a failure. In global memory noted: threads that hold copies of an element may read what another has
-// written by then and throw it away, so whether it matters is seen by running everything in the opposite order.
-void race(const Warp& w, int lane, uint32_t other, const char* does, const char* did, const char* where, bool shared) {
-  const uint32_t threads = w.block->launch->threads, block = (other - 1) / threads;
-  std::string who = "thread " + std::to_string((other - 1) % threads);
-  if (block != w.block->number) who += " of block " + std::to_string(block);
-  const std::string what = std::string{"race: "} + does + " " + where + " that " + who + " " + did;
-  if (shared) fail_lane(w, lane, what + " with no barrier in between");
-  auto& hazards = w.block->launch->hazards;
-  if (hazards.size() < 4) hazards.push_back(text_of(w, lane) + what + " unordered");
-}
-
 Region& region_of(Warp& w, int lane, uint64_t address) {
   auto& regions = w.block->launch->regions;
+  if (w.block->launch->real_addresses) {  // those of arrays in this process, in their order
+    const auto above = std::upper_bound(regions.begin(), regions.end(), address, [](uint64_t at, const Region& r) {
+      return at < r.base;
+    });
+    if (above == regions.begin()) fail_lane(w, lane, "access to global memory that is no array");
+    return above[-1];
+  }
   const uint64_t index = address >> 40;
   if (index == 0 || index > regions.size()) fail_lane(w, lane, "access to global memory that is no array");
   return regions[index - 1];
@@ -86,15 +63,27 @@ uint64_t address_of(Warp& w, const Instruction& i, int operand, int lane) {
   return any_register(w, i.o[operand], lane) + static_cast<uint64_t>(i.o[operand + 1]);
 }
 
+enum Space { GLOBAL, SHARED, LOCAL };
+
+// A thread's own memory.
+uint8_t* local_bytes(Warp& w, int lane, uint64_t address, uint64_t size) {
+  const uint64_t own = w.local.size() / LANES;
+  if (address > own || size > own - address || address % size != 0)
+    fail_lane(w, lane, "access of " + bytes_text(size) + " at byte " + std::to_string(address) + " of local memory");
+  return w.local.data() + static_cast<uint64_t>(lane) * own + address;
+}
+
 // ld: COUNT values of type T, extended to their registers' widths by the kind of T.
-template <class T, int COUNT, bool SHARED>
+template <class T, int COUNT, Space SPACE>
 void load(Warp& w, const Instruction& i, uint32_t lanes) {
   for (int lane = 0; lane < LANES; ++lane)
     if (lanes >> lane & 1) {
       T values[COUNT];
       const uint64_t address = address_of(w, i, COUNT, lane);
-      if (SHARED)
+      if (SPACE == SHARED)
         read_shared(w, lane, address, sizeof values, values);
+      else if (SPACE == LOCAL)
+        std::memcpy(values, local_bytes(w, lane, address, sizeof values), sizeof values);
       else
         read_global(w, lane, address, sizeof values, values);
       for (int k = 0; k < COUNT; ++k)
@@ -102,7 +91,7 @@ void load(Warp& w, const Instruction& i, uint32_t lanes) {
     }
 }
 
-template <class T, int COUNT, bool SHARED>
+template <class T, int COUNT, Space SPACE>
 void store(Warp& w, const Instruction& i, uint32_t lanes) {
   for (int lane = 0; lane < LANES; ++lane)
     if (lanes >> lane & 1) {
@@ -110,8 +99,10 @@ void store(Warp& w, const Instruction& i, uint32_t lanes) {
       for (int k = 0; k < COUNT; ++k)
         values[k] = static_cast<T>(any_register(w, i.o[2 + k], lane));
       const uint64_t address = address_of(w, i, 0, lane);
-      if (SHARED)
+      if (SPACE == SHARED)
         write_shared(w, lane, address, sizeof values, values);
+      else if (SPACE == LOCAL)
+        std::memcpy(local_bytes(w, lane, address, sizeof values), values, sizeof values);
       else
         write_global(w, lane, address, sizeof values, values);
     }
@@ -146,15 +137,33 @@ void await_previous(Warp& w, const Instruction&, uint32_t lanes) { w.waited |= l
 
 void nothing(Warp&, const Instruction&, uint32_t) {}
 
-template <class T>
+template <class T, int COUNT>
 void load_parameter(Warp& w, const Instruction& i, uint32_t lanes) {
   const auto& block = w.block->launch->parameters;
-  const auto at = static_cast<uint64_t>(i.o[1]);
-  T value;
-  if (at + sizeof value > block.size()) fail("a parameter beyond those of the kernel");
-  std::memcpy(&value, block.data() + at, sizeof value);
   for (int lane = 0; lane < LANES; ++lane)
-    if (lanes >> lane & 1) set_any_register(w, i.o[0], lane, static_cast<uint64_t>(static_cast<int64_t>(value)));
+    if (lanes >> lane & 1) {
+      T values[COUNT];
+      const uint64_t at = address_of(w, i, COUNT, lane);
+      if (at > block.size() || sizeof values > block.size() - at) fail("a parameter beyond those of the kernel");
+      std::memcpy(values, block.data() + at, sizeof values);
+      for (int k = 0; k < COUNT; ++k)
+        set_any_register(w, i.o[k], lane, static_cast<uint64_t>(static_cast<int64_t>(values[k])));
+    }
+}
+
+// d = what was there; there = c if that is b.
+void atomic_exchange_if(Warp& w, const Instruction& i, uint32_t lanes) {
+  for (int lane = 0; lane < LANES; ++lane)
+    if (lanes >> lane & 1) {
+      Region* region;
+      uint64_t at;
+      uint8_t* place = global_bytes(w, lane, address_of(w, i, 1, lane), 4, region, at);
+      uint32_t value;
+      std::memcpy(&value, place, 4);
+      set_any_register(w, i.o[0], lane, value);
+      const auto wanted = static_cast<uint32_t>(any_register(w, i.o[4], lane));
+      if (value == static_cast<uint32_t>(any_register(w, i.o[3], lane))) std::memcpy(place, &wanted, 4);
+    }
 }
 
 // cp.async: size bytes, of which the last operand says how many come from global memory; the rest is zero. They arrive
@@ -242,10 +251,13 @@ void matrices(Warp& w, const Instruction& i, uint32_t lanes) {
 template <class T, int COUNT>
 void add_access(Table& t, const std::string& type) {
   const std::string vector = COUNT == 1 ? "" : ".v" + std::to_string(COUNT), v(COUNT, 'v');
-  t["ld.global" + vector + type] = {&load<T, COUNT, false>, v + "a"};
-  t["ld.shared" + vector + type] = {&load<T, COUNT, true>, v + "a"};
-  t["st.global" + vector + type] = {&store<T, COUNT, false>, "a" + v};
-  t["st.shared" + vector + type] = {&store<T, COUNT, true>, "a" + v};
+  t["ld.global" + vector + type] = {&load<T, COUNT, GLOBAL>, v + "a"};
+  t["ld.shared" + vector + type] = {&load<T, COUNT, SHARED>, v + "a"};
+  t["ld.local" + vector + type] = {&load<T, COUNT, LOCAL>, v + "a"};
+  t["st.local" + vector + type] = {&store<T, COUNT, LOCAL>, "a" + v};
+  t["ld.param" + vector + type] = {&load_parameter<T, COUNT>, v + "a"};
+  t["st.global" + vector + type] = {&store<T, COUNT, GLOBAL>, "a" + v};
+  t["st.shared" + vector + type] = {&store<T, COUNT, SHARED>, "a" + v};
 }
 
 template <class T>
@@ -265,52 +277,6 @@ void add_matrix_access(Table& t) {
 }
 
 }  // namespace
-
-void touch_read(Warp& w, int lane, Shadow& shadow, uint64_t at, uint64_t size, const char* where, bool async) {
-  const uint32_t mine = w.thread(lane), now = w.block->launch->time;
-  for (uint64_t k = at; k < at + size; ++k) {
-    Shadow::Cell& cell = shadow.cells[k];
-    if (cell.pending != 0) fail_lane(w, lane, std::string{"reads "} + where + " that a cp.async is still writing");
-    if (cell.writer != 0 && !before_now(w, lane, cell.writer, cell.written))
-      race(w, lane, cell.writer, "reads", "wrote", where, shadow.shared);
-    if (async && cell.registers && cell.writer != 0) {
-      const uint32_t from = (cell.writer - 1) % w.block->launch->threads / LANES;
-      if (w.fenced < cell.written && w.block->warps[from].fenced < cell.written)
-        fail_lane(w, lane, "wgmma reads what was stored with no fence.proxy.async in between");
-    }
-    if (cell.reader == 0 || before_now(w, lane, cell.reader, cell.read, cell.readers)) {
-      cell.readers = Shadow::ONE_THREAD;
-    } else if (cell.reader != mine || cell.readers != Shadow::ONE_THREAD) {
-      const uint32_t threads = w.block->launch->threads;
-      const Shadow::Readers apart = (cell.reader - 1) / threads != w.block->number    ? Shadow::MANY_BLOCKS
-                                    : (cell.reader - 1) / LANES != (mine - 1) / LANES ? Shadow::ONE_BLOCK
-                                                                                      : Shadow::ONE_WARP;
-      cell.readers = std::max(cell.readers, apart);
-    }
-    cell.reader = mine;
-    cell.read = now;
-  }
-}
-
-void touch_write(
-    Warp& w, int lane, Shadow& shadow, uint64_t at, const uint8_t* old, const uint8_t* bytes, uint64_t size,
-    const char* where, bool async
-) {
-  const uint32_t mine = w.thread(lane), now = w.block->launch->time;
-  for (uint64_t k = 0; k < size; ++k) {
-    Shadow::Cell& cell = shadow.cells[at + k];
-    if (cell.pending != 0) fail_lane(w, lane, std::string{"writes "} + where + " that a cp.async is still writing");
-    // Several threads may write the same value, as Triton's copies of one element do.
-    if (cell.writer != 0 && (bytes == nullptr || old[k] != bytes[k]) && !before_now(w, lane, cell.writer, cell.written))
-      race(w, lane, cell.writer, "writes", "wrote", where, shadow.shared);
-    if (cell.reader != 0 && !before_now(w, lane, cell.reader, cell.read, cell.readers))
-      race(w, lane, cell.reader, "writes", "read", where, shadow.shared);
-    cell.writer = mine;
-    cell.written = now;
-    cell.registers = !async;
-    cell.reader = 0;
-  }
-}
 
 uint8_t* shared_bytes(Warp& w, int lane, uint64_t address, uint64_t size) {
   auto& shared = w.block->shared;
@@ -347,17 +313,11 @@ void add_memory(Table& t) {
   add_accesses<uint8_t>(t, ".u8");
   add_accesses<int8_t>(t, ".s8");
   add_accesses<uint16_t>(t, ".b16");
+  add_accesses<int16_t>(t, ".s16");
+  add_accesses<int32_t>(t, ".s32");
   add_accesses<uint32_t>(t, ".b32");
   add_accesses<uint64_t>(t, ".b64");
-  for (const char* type : {".b32", ".u32", ".f32"})
-    t["ld.param" + std::string{type}] = {&load_parameter<uint32_t>, "vi"};
-  for (const char* type : {".b64", ".u64", ".s64"})
-    t["ld.param" + std::string{type}] = {&load_parameter<uint64_t>, "vi"};
-  t["ld.param.s32"] = {&load_parameter<int32_t>, "vi"};
-  t["ld.param.s16"] = {&load_parameter<int16_t>, "vi"};
-  t["ld.param.u16"] = t["ld.param.b16"] = {&load_parameter<uint16_t>, "vi"};
-  t["ld.param.s8"] = {&load_parameter<int8_t>, "vi"};
-  t["ld.param.u8"] = t["ld.param.b8"] = {&load_parameter<uint8_t>, "vi"};
+  t["atom.global.cas.b32"] = {&atomic_exchange_if, "vavv"};
   t["atom.global.gpu.acq_rel.add.u32"] = {&atomic_add<uint32_t, true>, "vav"};
   t["atom.global.gpu.relaxed.add.u32"] = {&atomic_add<uint32_t, false>, "vav"};
   t["griddepcontrol.launch_dependents"] = {&nothing, ""};

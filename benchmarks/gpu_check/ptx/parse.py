@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import re
 from dataclasses import dataclass, field
 
@@ -39,6 +40,7 @@ class Program:
     parameters: list[tuple[int, int]]
     approximate: list[str]
     threads: int
+    shared: int = 0
 
     def __del__(self) -> None:
         library().ptx_free_program(self.handle)
@@ -56,7 +58,10 @@ class _Reader:
     symbols: dict[str, int] = field(default_factory=dict)
     labels: dict[str, int] = field(default_factory=dict)
     jumps: list[tuple[int, str]] = field(default_factory=list)
+    shared_arrays: dict[str, tuple[int, int]] = field(default_factory=dict)
     size: int = 0
+    shared: int = 0
+    own: int = 0
 
     def place(self, width: int) -> int:
         """A new register as an operand: its place in the file, its width above bit 32."""
@@ -75,6 +80,14 @@ class _Reader:
                 self.scopes[-1][name] = self.place(WIDTHS[kind])
             else:  # placed as they come up
                 self.ranges.append((several[1], int(several[2]), WIDTHS[kind]))
+
+    def local(self, text: str) -> None:
+        """.local .align 4 .b8 depot[16];"""
+        found = re.fullmatch(r"\.local\s+\.align\s+(\d+)\s+\.b8\s+([\w$]+)\[(\d+)\]", text)
+        if found is None:
+            raise Unknown(text)
+        self.symbols[found[2]] = -(-self.own // int(found[1])) * int(found[1])
+        self.own = self.symbols[found[2]] + int(found[3])
 
     def register(self, name: str) -> int | None:
         """The operand for a register, or None where there is none of this name."""
@@ -106,6 +119,11 @@ class _Reader:
         if bits:
             return int(bits[1] or bits[2], 16)
         if text in self.symbols:
+            return self.symbols[text]
+        if text in self.shared_arrays:
+            alignment, size = self.shared_arrays[text]
+            self.symbols[text] = -(-self.shared // alignment) * alignment
+            self.shared = self.symbols[text] + size
             return self.symbols[text]
         raise Unknown(f"operand {text!r}")
 
@@ -157,50 +175,78 @@ def _canonical(name: str, text: str, count: int) -> str:
         if "{" in text:
             return f"{name}.{'unpack' if text.lstrip().startswith('{') else 'pack'}{count - 1}"
         return name
-    if name.startswith(("ld.", "st.")) and not name.startswith("ld.param"):
+    if name.startswith(("cvta.to.", "cvta.local")):
+        return "mov.b64"  # an address is the same in both spaces
+    if name.startswith("shfl.sync") and "|" in text:
+        return name + ".p"
+    if name.startswith(("ld.", "st.")):
         name = re.sub(r"\.[uf](16|32|64)$", r".b\1", IDLE.sub("", name))
     return name
 
 
-def _body(ptx: str) -> tuple[str, str, str]:
-    """Name, parameters and body of the only kernel, comments and positions taken out."""
+@functools.lru_cache(maxsize=16)
+def _stripped(ptx: str) -> str:
+    """Without comments and positions."""
     ptx = re.sub(r"/\*.*?\*/|//[^\n]*", "", ptx, flags=re.S)
-    ptx = re.sub(r"^\s*\.(?:loc|file)\s[^\n]*$", "", ptx, flags=re.M)
-    kernels = re.findall(r"\.entry\s+([\w$]+)\s*\(([^)]*)\)([^{]*)\{", ptx)
-    if len(kernels) != 1:
-        raise Unknown(f"PTX with {len(kernels)} kernels, expected one")
-    start = re.search(r"\.entry[^{]*\{", ptx)
-    assert start is not None
-    depth, end = 1, start.end()
-    while depth:
-        end += 1
-        depth += (ptx[end] == "{") - (ptx[end] == "}")
-    return kernels[0][0], kernels[0][1], kernels[0][2] + "{" + ptx[start.end() : end]
+    return re.sub(r"^\s*\.(?:loc|file)\s[^\n]*$", "", ptx, flags=re.M)
+
+
+def _body(ptx: str, kernel: str) -> tuple[str, str, str, str]:
+    """Name, parameters, directives and body of a kernel, by its name or the only one."""
+    found = list(re.finditer(r"\.entry\s+([\w$]+)\s*\(([^)]*)\)([^{]*)\{", ptx))
+    chosen = [entry for entry in found if kernel in ("", entry[1])]
+    if len(chosen) != 1:
+        raise Unknown(f"PTX with {len(chosen)} kernels {kernel or 'of any name'}, expected one")
+    start = chosen[0].end()
+    depth, end = 1, start
+    for brace in re.finditer(r"[{}]", ptx[start:]):
+        depth += 1 if brace[0] == "{" else -1
+        if depth == 0:
+            end = start + brace.start()
+            break
+    return chosen[0][1], chosen[0][2], chosen[0][3], ptx[start:end]
 
 
 def _parameters(reader: _Reader, text: str) -> list[tuple[int, int]]:
-    """Places of the parameters in the block, aligned to their sizes."""
+    """Places of the parameters in the block, aligned as they ask or to their sizes."""
     at = 0
     for entry in filter(None, (part.strip() for part in text.split(","))):
-        found = re.match(r"\.param\s+\.(\w+)\s+(?:\.ptr\s+)?(?:\.global\s+)?(?:\.align\s+\d+\s+)?([\w$]+)$", entry)
-        if found is None or found[1] not in WIDTHS:
+        found = re.match(
+            r"\.param\s+(?:\.align\s+(\d+)\s+)?\.([usbf])(\d+)\s+(?:\.ptr\s+)?(?:\.global\s+)?(?:\.align\s+\d+\s+)?"
+            r"([\w$]+)(?:\[(\d+)\])?$",
+            entry,
+        )
+        if found is None:
             raise Unknown(f"parameter {entry!r}")
-        size = WIDTHS[found[1]]
-        at = -(-at // size) * size
-        reader.parameters[found[2]] = (at, size)
+        each = int(found[3]) // 8
+        size = each * int(found[5] or 1)
+        alignment = int(found[1] or each)
+        at = -(-at // alignment) * alignment
+        reader.parameters[found[4]] = (at, size)
         at += size
     return list(reader.parameters.values())
 
 
-def parse(ptx: str) -> Program:
-    """The kernel in ``ptx``; Unknown where there is something in it that the machine does not know."""
+def _shared_arrays(reader: _Reader, text: str) -> None:
+    """.shared .align 4 .b8 name[64];  .shared .f32 name;  they get their places when they are used."""
+    declared = r"\.shared\s+(?:\.align\s+(\d+)\s+)?\.[usbf](\d+)\s+([\w$]+)(?:\[(\d*)\])?\s*;"
+    for alignment, bits, name, count in re.findall(declared, text):
+        size = int(bits) // 8
+        reader.shared_arrays[name] = (int(alignment or size), size * int(count or 1))
+
+
+def parse(ptx: str, kernel: str = "") -> Program:
+    """The kernel of that name, or the only one, in ``ptx``; Unknown where there is something in it that the machine
+    does not know."""
     known = entries()
     reader = _Reader()
-    name, parameter_text, body = _body(ptx)
+    ptx = _stripped(ptx)
+    name, parameter_text, head, body = _body(ptx, kernel)
     parameters = _parameters(reader, parameter_text)
+    reader.symbols.update({symbol: place[0] for symbol, place in reader.parameters.items()})
     for symbol in re.findall(r"\.extern\s+\.shared[^;]*?([\w$]+)\[\]\s*;", ptx):
         reader.symbols[symbol] = 0
-    head, _, body = body.partition("{")
+    _shared_arrays(reader, ptx)
     threads = re.search(r"\.(?:req|max)ntid\s+(\d+)", head)
     code: list[int] = []
     starts: list[int] = []
@@ -215,7 +261,9 @@ def parse(ptx: str) -> Program:
             reader.labels[text[:-1]] = len(lines)
         elif text.startswith(".reg"):
             reader.declare(text[:-1].strip())
-        elif text.startswith(".pragma"):
+        elif text.startswith(".local"):
+            reader.local(text[:-1].strip())
+        elif text.startswith((".pragma", ".shared")):
             pass
         else:
             text = " ".join(text[:-1].split())
@@ -238,7 +286,7 @@ def _instruction(
     if found is None or text.startswith("."):
         raise Unknown("a directive")
     negated, guard, mnemonic, rest = found.groups()
-    operands = _operands(rest)
+    operands = _operands(rest.replace("|", ",") if mnemonic.startswith("shfl") else rest)
     name = _canonical(mnemonic, rest, len(operands))
     if name not in known:
         raise Unknown(f"unknown instruction {mnemonic}")
@@ -248,11 +296,6 @@ def _instruction(
     if name == "bra":
         reader.jumps.append((number, operands[0]))
         operands = ["0"]
-    elif name.startswith("ld.param"):
-        symbol, _, offset = operands[1].strip("[] ").partition("+")
-        if symbol not in reader.parameters:
-            raise Unknown("parameters by address")
-        operands[1] = str(reader.parameters[symbol][0] + (int(offset, 0) if offset else 0))
     if len(operands) != len(signature) and not (name == "cp.async" and len(operands) == 3):
         raise Unknown(f"{len(operands)} operands, expected {len(signature)}")
     places = [
@@ -291,5 +334,6 @@ def _finished(
         file.ctypes.data_as(ctypes.c_void_p),
         len(file),
         specials.ctypes.data_as(ctypes.c_void_p),
+        reader.own,
     )
-    return Program(name, handle, lines, parameters, approximate, threads)
+    return Program(name, handle, lines, parameters, approximate, threads, reader.shared)
