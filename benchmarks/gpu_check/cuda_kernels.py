@@ -99,7 +99,7 @@ def built_extension() -> Path | None:
     """The installed extension, if it has the kernels for both architectures and no source has changed since."""
     from ddpm_fast.backends import native
 
-    if native._C is None or native._C.build_info()["cuda_architectures"] != "80-real 90":
+    if native._C is None or native._C.build_info().get("cuda_architectures") != "80-real 90":
         return None
     extension = Path(native._C.__file__)
     sources = [*CUDA.parent.rglob("*.*"), CUDA.parents[1] / "CMakeLists.txt"]
