@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import warnings
 from typing import Any
 
@@ -259,7 +260,8 @@ class TestOfDiffusers:
 
     @pytest.fixture(params=["diffusers", "ddpm_fast.interop.diffusers"])
     def unet(self, request: pytest.FixtureRequest) -> nn.Module:
-        package = pytest.importorskip(request.param, reason="pip install 'ddpm_fast[diffusers]'")
+        pytest.importorskip("diffusers", reason="pip install 'ddpm_fast[diffusers]'")
+        package = importlib.import_module(request.param)
         with torch.random.fork_rng():
             torch.manual_seed(0)
             unet: nn.Module = package.UNet2DModel(**SMALL).eval()
