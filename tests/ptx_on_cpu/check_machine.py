@@ -187,7 +187,10 @@ def test_shared_memory_with_and_without_a_barrier():
         ("ld.global.b32 %r10, [%rd1+2];", r"to p0 \(64,\) is misaligned"),
         ("ld.global.v2.b32 {%r10, %r11}, [%rd1+4];", "misaligned"),
         ("mov.b64 %rd9, 64; ld.global.b32 %r10, [%rd9];", "that is no array"),
-        ("setp.lt.u32 %p1, %r1, 5; @%p1 bra $on; bar.sync 0; $on:", r"bar\.sync in a part of a warp"),
+        (
+            "setp.lt.u32 %p1, %r1, 5; @%p1 bra $a; bar.sync 0; bra.uni $b; $a: bar.sync 0; $b:",
+            r"bar\.sync in a part of a warp",
+        ),
         ("setp.lt.u32 %p1, %r1, 32; @%p1 bra $a; bar.sync 0; bra.uni $b; $a: bar.sync 1; $b:", "different barriers"),
         ("setp.lt.u32 %p1, %r1, 5; @%p1 shfl.sync.idx.b32 %r10, %r1, 9, 31, -1;", "without all of its lanes"),
         ("cp.async.wait_group 0; $for: bra.uni $for;", "still running"),

@@ -21,7 +21,7 @@ LIMIT = 200_000_000
 """Instructions of warps in a launch, after which it counts as one that does not end."""
 
 
-class Fault(AssertionError):
+class Fault(Exception):
     """A kernel did what it must not: the message names kernel, instruction, block and thread."""
 
 
