@@ -18,7 +18,7 @@ from typing import IO, Any
 GRACE = 10.0
 """Seconds between the request to end and the end."""
 
-KEPT = 60
+KEPT = 250
 """Lines of standard output that are kept, the last ones."""
 
 
