@@ -41,10 +41,11 @@ def rehearsed(command: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(word.replace("{out}/", "{out}/rehearsal/") for word in command)
 
 
-def tests(*arguments: str) -> tuple[str, ...]:
-    """The command that runs tests, whole files per worker."""
-    shared = ("-n", "{workers}", "--dist", "loadfile", "--no-loadscope-reorder", "-p", "no:cacheprovider")
-    return ("{python}", "-m", "pytest", "-q", *shared, *arguments)
+def tests(*arguments: str, spread: bool = False) -> tuple[str, ...]:
+    """The command that runs tests, whole files per worker, or `spread` one by one: some files have most of those that
+    need a GPU."""
+    whole = ("--dist", "worksteal") if spread else ("--dist", "loadfile", "--no-loadscope-reorder")
+    return ("{python}", "-m", "pytest", "-q", "-n", "{workers}", *whole, "-p", "no:cacheprovider", *arguments)
 
 
 REQUIRE = (("DDPM_FAST_REQUIRE_GPU", "1"),)
@@ -61,7 +62,7 @@ STAGES = (
         "suite-gpu",
         "the tests that need the device; a skip for lack of it is a failure",
         LONGEST,
-        (tests("-m", "gpu", "{root}/tests"),),
+        (tests("-m", "gpu", "{root}/tests", spread=True),),
         environment=REQUIRE,
     ),
     Stage(
