@@ -5,10 +5,6 @@ import copy
 import pickle
 
 import pytest
-
-pytest.importorskip("safetensors", reason="pip install safetensors")
-
-import safetensors.torch
 import torch
 from openai_unet import CONFIGS, OpenAIUNet, authority, flags_of, inputs_of
 
@@ -113,7 +109,7 @@ def test_files(kind, tmp_path):
     theirs = authority("classes_scale_shift")
     path = tmp_path / ("model.safetensors" if kind == "safetensors" else "model.pt")
     if kind == "safetensors":
-        safetensors.torch.save_file(theirs.state_dict(), path)
+        pytest.importorskip("safetensors.torch", reason="pip install safetensors").save_file(theirs.state_dict(), path)
     else:
         torch.save(theirs.state_dict(), path, _use_new_zipfile_serialization=kind == "pt")
     net = load_unet(path, image_size=8, num_heads=4)

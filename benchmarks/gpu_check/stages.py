@@ -41,7 +41,7 @@ def rehearsed(command: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(word.replace("{out}/", "{out}/rehearsal/") for word in command)
 
 
-def tests(*arguments: str, spread: bool = False) -> tuple[str, ...]:
+def pytest_run(*arguments: str, spread: bool = False) -> tuple[str, ...]:
     """The command that runs tests, whole files per worker, or `spread` one by one: some files have most of those that
     need a GPU."""
     whole = ("--dist", "worksteal") if spread else ("--dist", "loadfile", "--no-loadscope-reorder")
@@ -62,7 +62,7 @@ STAGES = (
         "suite-gpu",
         "the tests that need the device; a skip for lack of it is a failure",
         LONGEST,
-        (tests("-m", "gpu", "{root}/tests", spread=True),),
+        (pytest_run("-m", "gpu", "{root}/tests", spread=True),),
         environment=REQUIRE,
     ),
     Stage(
@@ -109,7 +109,7 @@ STAGES = (
         "suite-rest",
         "the tests that need no device",
         LONGEST,
-        (tests("-m", "not gpu", "{root}/tests"),),
+        (pytest_run("-m", "not gpu", "{root}/tests"),),
         environment=REQUIRE,
     ),
     Stage("report", "one result file, tables, plots and the summary; needs no GPU", 120, (module("report"),)),
@@ -136,7 +136,7 @@ DRY_STAGES = (
         "shim",
         "runs the CUDA kernels as C++ under AddressSanitizer and UBSan",
         LONGEST,
-        (tests("{root}/tests/test_cuda_on_cpu.py"),),
+        (pytest_run("{root}/tests/test_cuda_on_cpu.py"),),
     ),
     Stage(
         "rehearsal",

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ddpm_fast import noise as spec
+from ddpm_fast.backends.architectures import unserved_reason, unusable_reason
 from ddpm_fast.backends.layout import Layout, Staged
 from ddpm_fast.backends.native_batch_norm import batch_norm_silu as batch_norm_silu
 from ddpm_fast.backends.native_batch_norm import batch_norm_silu_backward as batch_norm_silu_backward
@@ -54,34 +55,12 @@ def _gpu_reason(device: torch.device) -> str | None:
     """Why there is no machine code for this GPU; None where there is."""
     if not torch.cuda.is_available():
         return "torch sees no CUDA device; install a torch built for CUDA"
-    built = str(_C.build_info()["cuda_architectures"])
-    major, minor = torch.cuda.get_device_capability(device)
-    for architecture in built.split():
-        number, _, kind = architecture.partition("-")
-        if not number.isdecimal():  # "native" or "all"
-            return None
-        lowest = int(number)
-        # Machine code serves later GPUs of its generation; PTX, which "-real" leaves out, all later ones.
-        if 10 * major + minor >= lowest and (kind != "real" or lowest // 10 == major):
-            return None
-    return (
-        f"the extension was compiled for {built}, and this GPU has compute capability {major}.{minor}; reinstall with "
-        f"CMAKE_ARGS=-DCMAKE_CUDA_ARCHITECTURES={10 * major + minor} in the environment"
-    )
+    return unserved_reason(str(_C.build_info()["cuda_architectures"]), torch.cuda.get_device_capability(device))
 
 
 @functools.cache
 def _cuda_reason() -> str | None:
-    info = _C.build_info()
-    if not info["cuda"]:
-        return "the extension was built without CUDA; put nvcc on PATH and reinstall with DDPM_FAST_CUDA=ON"
-    if info["cuda_error"]:
-        return (
-            f"the CUDA half (runtime {info['cuda_runtime']}) cannot use this machine's GPU "
-            f"(driver for CUDA {info['cuda_driver'] or 'missing'}): {info['cuda_error']}; "
-            "update the NVIDIA driver, or rebuild with an older CUDA toolkit"
-        )
-    return None
+    return unusable_reason(_C.build_info())
 
 
 def _target(x: Tensor) -> tuple[int, int]:
