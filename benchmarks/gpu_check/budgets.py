@@ -71,14 +71,16 @@ LAYERS = {
 }
 """SASS instructions of a whole layer, loop body once, and registers of a thread: seen, and a tenth more allowed."""
 
+HALVES = ("bf16", "f16")
+
 SPILLS = {
     # Seven numbers, once, after the loop, beside sums that take half of all registers and embeddings of several images.
     ("conv_up3.conv1", "bf16", 90): 14,
-    ("tutorial down3.conv1 (triton 128x128x64)", "bf16", 90): 14,
-    ("tutorial down3.conv1 (triton 128x128x32)", "bf16", 80): 10,
-    ("tutorial bottleneck.conv1 (triton window 64x32x64)", "bf16", 80): 3,
+    **{("tutorial down3.conv1 (triton 128x128x64)", half, 90): 14 for half in HALVES},
+    **{("tutorial down3.conv1 (triton 128x128x32)", half, 80): 10 for half in HALVES},
+    **{("tutorial bottleneck.conv1 (triton window 64x32x64)", half, 80): 3 for half in HALVES},
     # An A100's of one or two numbers, at the start.
-    ("paper down_blocks.1.attentions.0.group_norm (triton 32 x 16 warps)", "bf16", 80): 4,
+    **{("paper down_blocks.1.attentions.0.group_norm (triton 32 x 16 warps)", half, 80): 4 for half in HALVES},
     ("paper down_blocks.1.attentions.0.group_norm (triton 32 x 16 warps)", "f32", 80): 2,
     ("paper conv_in (triton 32x64x32)", "f32", 80): 2,
 }
