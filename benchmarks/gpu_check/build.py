@@ -17,6 +17,8 @@ import sys
 import time
 from pathlib import Path
 
+from .files import save
+
 ROOT = Path(__file__).resolve().parents[2]
 ARCHITECTURES = "80-real 90"
 TOOLS = ("scikit_build_core", "pybind11")
@@ -83,7 +85,6 @@ def main(argv: list[str] | None = None) -> int:
     if not failures and found["architectures"] != ARCHITECTURES:
         failures.append(f"the extension has kernels for {found['architectures'] or 'no GPU'}, not for {ARCHITECTURES}")
     took = time.perf_counter() - began
-    given.out.parent.mkdir(parents=True, exist_ok=True)
     figures = {
         "stage": "build",
         "ok": not failures,
@@ -93,7 +94,7 @@ def main(argv: list[str] | None = None) -> int:
         "seconds": round(took, 1),
         "extension": found,
     }
-    given.out.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    save(given.out, figures)
     if not failures:
         subprocess.run([sys.executable, "-m", "ddpm_fast"], cwd=ROOT, check=False)
     for failure in failures:

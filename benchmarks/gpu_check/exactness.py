@@ -23,8 +23,9 @@ from typing import Any
 import torch
 
 from gpu_check import op_checks
+from gpu_check.files import save
 from gpu_check.op_cases import DTYPES, RULES
-from gpu_check.workers import Task, deadline, save, serve, spread, with_path
+from gpu_check.workers import Task, deadline, serve, spread, with_path
 
 ROOT = Path(__file__).resolve().parents[2]
 BACKENDS = ("native", "triton")

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
 import time
@@ -17,6 +16,8 @@ from typing import Any, TypeVar
 
 import torch
 from machine import facts, progress
+
+from .files import save
 
 R = TypeVar("R")
 
@@ -73,7 +74,7 @@ class Findings:
         return None
 
     def write(self) -> None:
-        """The file, whole or not at all. JSON has no NaN and no infinity: null."""
+        """The file, whole or not at all."""
         result = {
             "stage": self.stage,
             "machine": self._machine,
@@ -83,10 +84,7 @@ class Findings:
             "not_done": self.not_done,
             **self.figures,
         }
-        self.out.parent.mkdir(parents=True, exist_ok=True)
-        part = self.out.with_suffix(self.out.suffix + ".part")
-        part.write_text(json.dumps(_finite(result), indent=1, allow_nan=False) + "\n", encoding="utf-8")
-        part.replace(self.out)
+        save(self.out, result)
 
     def ending(self) -> list[str]:
         """The last lines of the output: what was not done, what failed."""
@@ -96,14 +94,6 @@ class Findings:
             *(["a rehearsal on the CPU: no figure here says anything"] if self.rehearsal else []),
             f"{self.stage}: {'failed' if self.failures else 'ok'}",
         ]
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {str(key): _finite(one) for key, one in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(one) for one in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def parser(stage: str, description: str | None) -> argparse.ArgumentParser:

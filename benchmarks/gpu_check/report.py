@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,8 @@ import machine
 import report
 import results
 import targets
+
+from .files import save
 
 SECTIONS = ("ops", "sampler", "paper")
 """Files that stages of gpu_check.sh leave, without their .json."""
@@ -71,7 +72,7 @@ def main(argv: list[str] | None = None) -> int:
         "result": merged.name,
         "targets": lines,
     }
-    given.out.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    save(given.out, figures)
     if said.getvalue():
         print(said.getvalue(), end="", file=sys.stderr)
     for line in (*lines, *figures["not_done"], *failures):

@@ -28,8 +28,9 @@ from typing import Any
 import torch
 
 from gpu_check.children import end
+from gpu_check.files import save
 from gpu_check.sanitize_jobs import JOBS, Job, matching
-from gpu_check.workers import deadline, save, with_path
+from gpu_check.workers import deadline, with_path
 
 ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).resolve().parent

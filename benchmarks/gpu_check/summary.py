@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .children import Outcome
+from .files import save, save_text
 from .preflight import Machine
 
 DRY = (
@@ -99,10 +100,8 @@ class Report:
             "machine": dataclasses.asdict(self.machine),
             "stages": [dataclasses.asdict(record) for record in self.records],
         }
-        for name, text in (("stages.json", json.dumps(kept, indent=1)), ("summary.md", self.markdown())):
-            part = out / f"{name}.part"
-            part.write_text(text + "\n", encoding="utf-8")
-            part.replace(out / name)
+        save(out / "stages.json", kept)
+        save_text(out / "summary.md", self.markdown())
 
     def table(self) -> list[str]:
         """A line per stage."""

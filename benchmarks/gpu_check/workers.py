@@ -54,14 +54,6 @@ def deadline(minutes: float) -> float:
     return time.monotonic() + max(60 * minutes - RESERVE, 30 * minutes)
 
 
-def save(path: Path, figures: Mapping[str, Any]) -> None:
-    """Write JSON so that whoever reads it finds all of it or what was there before."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(path.suffix + ".part")
-    part.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
-    part.replace(path)
-
-
 class Child:
     """One process that serves."""
 
